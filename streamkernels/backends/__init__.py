@@ -1,0 +1,1 @@
+"""Which implementation runs a call, and the lazy imports of the kernels."""

@@ -1,0 +1,1 @@
+"""What things mean: shapes, spans, positions, the cache. Imports torch only."""
