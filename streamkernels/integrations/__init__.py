@@ -1,0 +1,1 @@
+"""Borders to other projects; nothing here is imported until it is named."""
