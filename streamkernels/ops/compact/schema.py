@@ -1,0 +1,46 @@
+"""`streamkernels::compact` and its backward: schemas, implementations and fakes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.shapes import refuse
+from ...reference import compact as reference
+
+OP = "compact"
+LIBRARY = torch.library.Library("streamkernels", "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define("compact(Tensor x, Tensor index, Tensor count, int dim, str backend) -> Tensor", tags=TAGS)
+LIBRARY.define(
+    "compact_backward(Tensor dy, Tensor index, Tensor count, SymInt S, int dim, str backend) -> Tensor", tags=TAGS
+)
+
+
+def _compact(x: Tensor, index: Tensor, count: Tensor, dim: int, backend: str) -> Tensor:
+    _only_reference(backend)
+    return reference.compact(x, index, count, dim)
+
+
+def _compact_backward(dy: Tensor, index: Tensor, count: Tensor, S: int, dim: int, backend: str) -> Tensor:
+    _only_reference(backend)
+    return reference.compact_backward(dy, index, count, S, dim)
+
+
+def _only_reference(backend: str) -> None:
+    if backend != "reference":
+        refuse(OP, "backend", "reference, the only one that has this op", backend, NotImplementedError)
+
+
+def _fake(x: Tensor, index: Tensor, count: Tensor, dim: int, backend: str) -> Tensor:
+    return x.new_empty((*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :]))
+
+
+def _fake_backward(dy: Tensor, index: Tensor, count: Tensor, S: int, dim: int, backend: str) -> Tensor:
+    return dy.new_empty((*dy.shape[:dim], S, *dy.shape[dim + 1 :]))
+
+
+LIBRARY.impl(OP, _compact, "CompositeExplicitAutograd")
+LIBRARY.impl(f"{OP}_backward", _compact_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(f"streamkernels::{OP}", _fake, lib=LIBRARY)
+torch.library.register_fake(f"streamkernels::{OP}_backward", _fake_backward, lib=LIBRARY)

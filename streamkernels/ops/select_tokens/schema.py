@@ -1,0 +1,50 @@
+"""`streamkernels::select_tokens`: schema, implementation and fake."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.shapes import refuse
+from ...reference.select_tokens import select_tokens as reference
+
+OP = "select_tokens"
+LIBRARY = torch.library.Library("streamkernels", "FRAGMENT")
+LIBRARY.define(
+    "select_tokens(Tensor scores, Tensor? index, Tensor? count, float? threshold, SymInt limit, SymInt width, "
+    "bool largest, str backend) -> (Tensor index, Tensor count)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _select_tokens(
+    scores: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    threshold: float | None,
+    limit: int,
+    width: int,
+    largest: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend != "reference":
+        refuse(OP, "backend", "reference, the only one that has this op", backend, NotImplementedError)
+    return reference(scores, index, count, threshold=threshold, limit=limit, width=width, largest=largest)
+
+
+def _fake(
+    scores: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    threshold: float | None,
+    limit: int,
+    width: int,
+    largest: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    B = scores.shape[0]
+    return scores.new_empty((B, width), dtype=torch.int32), scores.new_empty((B,), dtype=torch.int32)
+
+
+LIBRARY.impl(OP, _select_tokens, "CompositeExplicitAutograd")
+torch.library.register_fake(f"streamkernels::{OP}", _fake, lib=LIBRARY)
