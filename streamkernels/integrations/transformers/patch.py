@@ -1,0 +1,184 @@
+"""`patch(model)`: our attention in one Hugging Face model, and its exact undoing.
+
+A patched model differs from a stock one in three reversible ways: its modules hold a copy of their config that names
+our attention, its base model has one forward pre-hook, and an attribute remembers the handle. Weights, classes,
+forwards and every other model, also one built from the same config object, stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
+
+from ...core.shapes import refuse
+from .attention import NAME
+from .model import base_of, check_supported
+from .request import admit
+
+_HANDLE = "_streamkernels_handle"
+
+
+def patch(model: nn.Module, *, require_spans: bool = False) -> Handle:
+    """Let `model` attend through streamkernels until the handle is undone.
+
+    model: LlamaForCausalLM, LlamaModel, Qwen2ForCausalLM, Qwen2Model, or a wrapper with `get_base_model()` (PEFT), of
+    transformers >= 5.4, < 6; wrap it in PEFT before or after. Only this instance changes. Its forward then takes
+
+    - `spans=` int32 [B, T, N, 2], N in 1, 2, 4, 8: the half-open key intervals that each token sees, over the one
+      buffer of this call's keys (after those of a DynamicCache, if there is one). Differentiable; a padding mask
+      hides keys on top of it.
+    - `past_key_values=GroupedCache`, with `role=` (int8 [B, T] of SOURCE, TARGET, PADDING, or one int),
+      `position_ids=` (required) and `source_limit=` (int32 [B, T], how much of the source a target token sees): one
+      streaming step, to be committed or discarded. A 2-D `attention_mask` [B, T] turns its zeros into PADDING.
+    - neither: plain causal attention, with DynamicCache or none, with 2-D padding masks of any shape.
+
+    `position_ids` reach RoPE and nothing else: restarting, offset or gapped positions never act as packing.
+    Fractional ones may be fp32.
+
+    require_spans: refuse a forward in training that has neither spans nor a GroupedCache, as when the Hugging Face
+    Trainer drops a column that the model's forward does not name.
+
+    Returns a Handle (a context manager with `undo()`). Raises NotImplementedError for a model, release or option that
+    is not supported and ValueError for a model that is patched already; nothing is changed then.
+    """
+    base = base_of("patch", model)
+    if _HANDLE in base.__dict__:
+        by_session = base.__dict__[_HANDLE].borrowers is not None
+        way_out = "an open StreamSession: close it first" if by_session else "patch: undo its handle first"
+        refuse("patch", "model", "a model that is not patched yet", f"one patched by {way_out}")
+    check_supported("patch", base)
+    return Handle(model, base, require_spans)
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a patched model, or None."""
+    handle: Handle | None = base_of("handle_of", model).__dict__.get(_HANDLE)
+    return handle
+
+
+def borrow(model: nn.Module) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Have `model` patched until released: (whether it still is, release). A patch that exists is shared; one made
+    here is undone by its last borrower's release."""
+    handle = handle_of(model)
+    if handle is None:
+        handle = patch(model)
+        handle.borrowers = 0
+    if handle.borrowers is not None:
+        handle.borrowers += 1
+    return (lambda: handle.active), _Release(handle)
+
+
+class _Release:
+    """Gives a borrowed patch back, once."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle: Handle | None = handle
+
+    def __call__(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None and handle.borrowers is not None:
+            handle.borrowers -= 1
+            if not handle.borrowers:
+                handle.undo()
+
+
+class Handle:
+    """A patched model's way back. As a context manager it undoes itself at the end, also after an exception."""
+
+    def __init__(self, model: nn.Module, base: Any, require_spans: bool = False) -> None:
+        self.borrowers: int | None = None  # sessions that share it, if a session made it
+        self._base: Any | None = base
+        self._require_spans = require_spans
+        self._hook: RemovableHandle | None = None
+        self._parameters = list(inspect.signature(base.forward).parameters)
+        # (module, its config, our copy); and per config (it, our copy, the copy's first state)
+        self._modules: list[tuple[nn.Module, PreTrainedConfig, PreTrainedConfig]] = []
+        self._pairs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]] = []
+        copies: dict[int, PreTrainedConfig] = {}
+        try:
+            for module in _owners(model, base):
+                original = module.__dict__["config"]
+                if id(original) not in copies:
+                    ours = copies[id(original)] = copy.deepcopy(original)
+                    self._pairs.append((original, ours, copy.deepcopy(vars(ours))))
+                    ours._attn_implementation = NAME
+                self._modules.append((module, original, copies[id(original)]))
+                module.__dict__["config"] = copies[id(original)]
+            self._hook = base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            base.__dict__[_HANDLE] = self
+        except BaseException:
+            self._restore()
+            raise
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still patched by this handle."""
+        return self._base is not None
+
+    def undo(self) -> None:
+        """Take the patch back: every module holds its original config object, hook and attribute are gone. A second
+        call does nothing. Settings that were changed on `model.config` meanwhile (not the attention implementation)
+        are carried over to the original config, as they would have been on a stock model.
+        """
+        if self._base is None:
+            return
+        try:
+            for original, ours, before in self._pairs:
+                _carry_over(original, ours, before)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        for module, original, ours in self._modules:
+            if module.__dict__.get("config") is ours:
+                module.__dict__["config"] = original
+        for original, ours, _ in self._pairs:
+            # a copy that somebody else still holds (a wrapper made while patched) must not name us any more
+            ours._attn_implementation_internal = original._attn_implementation_internal
+        if self._base is not None:
+            self._base.__dict__.pop(_HANDLE, None)
+        self._base, self._hook, self._modules, self._pairs = None, None, [], []
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"Handle({type(self._base).__name__ if self._base is not None else 'undone'})"
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        return (), admit(module, named, require_spans=self._require_spans)
+
+
+def _owners(model: nn.Module, base: Any) -> list[nn.Module]:
+    """The modules that hold a config of the base model: its own, and those of the heads and wrappers around it."""
+    configs = {
+        id(m.__dict__["config"]) for m in base.modules() if isinstance(m.__dict__.get("config"), PreTrainedConfig)
+    }
+    seen = dict.fromkeys([*model.modules(), *base.modules()])
+    return [m for m in seen if id(m.__dict__.get("config")) in configs]
+
+
+def _carry_over(original: PreTrainedConfig, ours: PreTrainedConfig, before: dict[str, Any]) -> None:
+    """Write to `original` what was changed on our copy since `before`."""
+    for name, value in vars(ours).items():
+        if name != "_attn_implementation_internal" and (name not in before or before[name] != value):
+            original.__dict__[name] = value
+    for name in before.keys() - vars(ours).keys():
+        original.__dict__.pop(name, None)
