@@ -1,0 +1,96 @@
+"""`streamkernels::incremental_prefill` and its backward: schemas, implementations and fakes over plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import cuda, triton
+from ...core.shapes import refuse
+from ...reference import incremental_prefill as reference
+from ...reference.attend_rows import compute_dtype
+
+OP = "incremental_prefill"
+LIBRARY = torch.library.Library("streamkernels", "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+_ROWS = (
+    "Tensor? role, int segment, Tensor? source_limit, Tensor? source_begin, Tensor? target_begin, Tensor? block_table"
+)
+
+# softcap 0 and window 0 are none
+LIBRARY.define(
+    "incremental_prefill(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor(a!) source_k, "
+    f"Tensor(b!) source_v, Tensor(c!) target_k, Tensor(d!) target_v, Tensor length, Tensor(e!) status, {_ROWS}, "
+    "int source_sinks, int target_sinks, int ring_sinks, bool bounded, int source_window, int target_window, "
+    "float scale, float softcap, Tensor? sink_logits, bool interleaved, str backend) -> (Tensor o, Tensor lse)",
+    tags=TAGS,
+)
+LIBRARY.define(
+    "incremental_prefill_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "Tensor? cos, Tensor? sin, Tensor source_k, Tensor source_v, Tensor target_k, Tensor target_v, Tensor length, "
+    f"{_ROWS}, int source_sinks, int target_sinks, float scale, float softcap, Tensor? sink_logits, bool interleaved, "
+    "str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink_logits)",
+    tags=TAGS,
+)
+# places in the two schemas
+BUFFERS, STATUS, BLOCK_TABLE = slice(5, 9), 10, 16
+BACKWARD_BLOCK_TABLE, BACKWARD_SINK_LOGITS = 19, 24
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *call, backend = arguments
+    _refuse_blocks(call.pop(BLOCK_TABLE))
+    room = {"reference": reference, "triton": triton, "cuda": cuda}[backend]
+    with torch.no_grad():
+        o, lse = room.incremental_prefill(*call)  # type: ignore[attr-defined]
+    # an op of torch.library does not count its writes by itself
+    for x in (*call[BUFFERS], call[STATUS]):
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+    return o, lse
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *call, backend = arguments
+    _refuse_blocks(call.pop(BACKWARD_BLOCK_TABLE))
+    room = {"reference": reference, "triton": triton, "cuda": cuda}[backend]
+    with torch.no_grad():
+        dq, dk, dv, dsink_logits = room.incremental_prefill_backward(*call)  # type: ignore[attr-defined]
+    return dq, dk, dv, dsink_logits
+
+
+def _fake_forward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _refuse_blocks(arguments[BLOCK_TABLE - 1])
+    B, H, T, D = q.shape
+    return _rows_first(q), q.new_empty((B, H, T), dtype=compute_dtype(q.dtype))
+
+
+def _fake_backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    _refuse_blocks(arguments[BACKWARD_BLOCK_TABLE - 5])
+    sink_logits = arguments[BACKWARD_SINK_LOGITS - 5]
+    dsink_logits = q.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits)
+    return _rows_first(q), _rows_first(k), _rows_first(v), dsink_logits
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    # [B, H, T, D] stored [B, T, H, D], which is how models go on with it
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+def _refuse_blocks(block_table: Tensor | None) -> None:
+    if block_table is not None:
+        refuse(OP, "block_table", "None, since segments are not paged yet", block_table, NotImplementedError)
+
+
+for name, implementation, fake in (
+    ("incremental_prefill", _forward, _fake_forward),
+    ("incremental_prefill_backward", _backward, _fake_backward),
+):
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"streamkernels::{name}", fake, lib=LIBRARY)

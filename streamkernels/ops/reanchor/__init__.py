@@ -1,0 +1,7 @@
+"""Moving cached keys to other positions, in place."""
+
+from __future__ import annotations
+
+from .api import reanchor
+
+__all__ = ["reanchor"]

@@ -1,0 +1,7 @@
+"""Rotary position embedding of queries or keys."""
+
+from __future__ import annotations
+
+from .api import rotate
+
+__all__ = ["rotate"]
