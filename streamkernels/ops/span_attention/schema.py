@@ -1,0 +1,75 @@
+"""`streamkernels::span_attention` and its backward: schemas, implementations and fakes over plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.shapes import refuse
+from ...reference import span_attention as reference
+from ...reference.attend_rows import compute_dtype
+
+OP = "span_attention"
+LIBRARY = torch.library.Library("streamkernels", "FRAGMENT")
+
+# what forward and backward take behind their own tensors; softcap 0 is none
+OPTIONS = (
+    "Tensor bounds, int[] rules, Tensor? sink_key, Tensor? kept, Tensor? kept_count, Tensor? key_class, "
+    "Tensor? row_class, Tensor? class_rules, Tensor? class_sink, Tensor? sink_logits, "
+    "Tensor? row_blocks, Tensor? key_blocks, float scale, float softcap, str backend"
+)
+SINK_LOGITS = 9  # the place of sink_logits among them
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+LIBRARY.define(f"{OP}(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor o, Tensor lse)", tags=TAGS)
+LIBRARY.define(
+    f"{OP}_backward(Tensor do, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink_logits)",
+    tags=TAGS,
+)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    spans, sink_logits, scale, softcap = _read(options)
+    return reference.span_attention(q, k, v, spans, sink_logits, scale=scale, softcap=softcap)
+
+
+def _backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spans, sink_logits, scale, softcap = _read(options)
+    return reference.span_attention_backward(
+        do, dlse, q, k, v, o, lse, spans, sink_logits, scale=scale, softcap=softcap
+    )
+
+
+def _read(options: tuple[Any, ...]) -> tuple[reference.SpanTensors, Tensor | None, float, float]:
+    *spans, sink_logits, _row_blocks, _key_blocks, scale, softcap, backend = options
+    if backend != "reference":
+        refuse(OP, "backend", "reference, the only one that has this op", backend, NotImplementedError)
+    return reference.SpanTensors(*spans), sink_logits, scale, softcap
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _rows_first(q), q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype))
+
+
+def _fake_backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sink_logits = options[SINK_LOGITS]
+    dsink_logits = q.new_empty(0) if sink_logits is None else sink_logits.new_empty(sink_logits.shape)
+    return _rows_first(q), _rows_first(k), _rows_first(v), dsink_logits
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    # [B, H, T, D] stored [B, T, H, D], which is how models go on with it
+    B, H, T, D = x.shape
+    return x.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+for name, implementation, fake in ((OP, _forward, _fake_forward), (f"{OP}_backward", _backward, _fake_backward)):
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"streamkernels::{name}", fake, lib=LIBRARY)

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the table of shapes, random inputs, and the tolerances."""
