@@ -1,6 +1,7 @@
 """The choice of a backend: one rule for all ops, never a silent fallback.
 
-An op describes its call (`Call`), every kernel backend answers `reason(call)`: None if it can run the call, else one sentence why not.
+An op describes its call (`Call`), every kernel backend answers `reason(call)`: None if it can run the call, else one
+sentence why not.
 `auto` takes the first of cuda, triton, reference that can; a named backend that cannot raises with its sentence.
 """
 
@@ -104,4 +105,6 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         return e.explanation
     finally:
         _explaining.reset(token)
-    raise TypeError(f"explain: op: expected an op of streamkernels that has backends, got {getattr(op, '__name__', op)!r}")
+    raise TypeError(
+        f"explain: op: expected an op of streamkernels that has backends, got {getattr(op, '__name__', op)!r}"
+    )

@@ -59,7 +59,8 @@ class Shapes:
         dtype: torch.dtype | Sequence[torch.dtype] | None = None,
         unit_last_stride: bool = False,
     ) -> torch.Tensor:
-        """Check that `x` is a tensor of shape `letters` (a literal number stands for itself, `1|B` for either), of one of the
+        """Check that `x` is a tensor of shape `letters` (a literal number stands for itself, `1|B` for either), of
+        one of the
         dtypes `dtype`, on the device of the tensors before it. Returns it; binds new letters only when all is well."""
         if not isinstance(x, torch.Tensor):
             refuse(self.op, name, f"a tensor [{letters.replace(' ', ', ')}]", x, TypeError)
@@ -67,7 +68,7 @@ class Shapes:
         new: dict[str, int] = {}
         fits = x.dim() == len(wanted)
         if fits:
-            for letter, size in zip(wanted, x.shape):
+            for letter, size in zip(wanted, x.shape, strict=True):
                 allowed = [self._size(part, new) for part in letter.split("|")]
                 if None in allowed:
                     new[letter.split("|")[allowed.index(None)]] = size
@@ -99,13 +100,23 @@ class Shapes:
         """Check H against HK and D against the limits; returns R = H // HK."""
         H, HK, D = self.sizes["H"], self.sizes["HK"], self.sizes["D"]
         if HK < 1 or H % HK:
-            refuse(self.op, "q", f"a number of query heads that is a multiple of the {HK} key/value heads", f"{H} query heads")
+            refuse(
+                self.op,
+                "q",
+                f"a number of query heads that is a multiple of the {HK} key/value heads",
+                f"{H} query heads",
+            )
         self.head_dim(D)
         return H // HK
 
     def head_dim(self, D: int) -> None:
         if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
-            refuse(self.op, "q" if "H" in self.sizes else "k", f"a head dim D that is a multiple of 8, at most {MAX_HEAD_DIM}", f"D={D}")
+            refuse(
+                self.op,
+                "q" if "H" in self.sizes else "k",
+                f"a head dim D that is a multiple of 8, at most {MAX_HEAD_DIM}",
+                f"D={D}",
+            )
 
 
 def check_number(op: str, name: str, x: object, *, minimum: float | None = None, positive: bool = False) -> float:

@@ -54,6 +54,11 @@ def _key_blocks(begin: Tensor, end: Tensor, S: int) -> Tensor:
         first, beyond = torch.where(reaches, number, TB).amin(-1), last_so_far[..., -1] + 1
         two = widest > 1
         none = torch.zeros_like(first)
-        run = [first, torch.where(two, resumes - widest + 1, beyond), torch.where(two, resumes, 0), torch.where(two, beyond, 0)]
+        run = [
+            first,
+            torch.where(two, resumes - widest + 1, beyond),
+            torch.where(two, resumes, 0),
+            torch.where(two, beyond, 0),
+        ]
         runs[:, i : i + step] = torch.stack([torch.where(beyond > 0, x, none) for x in run], -1)
     return runs

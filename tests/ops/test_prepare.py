@@ -25,7 +25,7 @@ def by_loops(bounds: torch.Tensor, S: int) -> tuple[list, list]:
                 block = row_blocks[b][t // 64][n]
                 block[:] = [min(block[0], begin), max(block[1], begin), min(block[2], end), max(block[3], end)]
         for i, blocks in enumerate(row_blocks[b]):
-            for n, (begin, _, _, end) in enumerate(blocks):
+            for begin, _, _, end in blocks:
                 for j in range(begin, end):
                     reaching[b][j // 64].add(i)
     return row_blocks, [[two_runs(sorted(blocks)) for blocks in sample] for sample in reaching]

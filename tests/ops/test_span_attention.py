@@ -14,24 +14,16 @@ from streamkernels import Spans, span_attention, spans
 from streamkernels.core.spans import ATTEND, KEPT, MASS, SINK, SKIP
 from streamkernels.reference import attend_rows as rows
 from streamkernels.testing.cases import CPU_CASES, HALF_CASES, Case
-from streamkernels.testing.compare import assert_accurate, assert_exact, influence
+from streamkernels.testing.compare import assert_exact, influence
 from streamkernels.testing.dense import dense_attention
+from streamkernels.testing.gradients import NAMES, assert_all_accurate, forward_and_backward
 from streamkernels.testing.inputs import Inputs, make_inputs, poison, random_kept, random_spans, strided_like
 
-NAMES = ("o", "lse", "dq", "dk", "dv", "dsink_logits")
 FP64 = torch.float64
 
 
 def both(*args, **kwargs) -> tuple[Tensor, Tensor]:
     return span_attention(*args, return_lse=True, **kwargs)
-
-
-def forward_and_backward(fn, x: Inputs) -> tuple[Tensor, ...]:
-    leaves = x.leaves()
-    sink_logits = leaves[3] if len(leaves) == 4 else None
-    o, lse = fn(*leaves[:3], x.spans, scale=x.scale, softcap=x.softcap, sink_logits=sink_logits)
-    loss = (o * x.do).sum(dtype=lse.dtype) + (lse * x.dlse)[lse > -inf].sum()
-    return (o.detach(), lse.detach(), *torch.autograd.grad(loss, leaves))
 
 
 def declared(sp: Spans, S: int, b: int, kv_head: int, row: int) -> Iterator[tuple[int, int]]:
@@ -170,15 +162,10 @@ def test_accuracy(case):
     exact = forward_and_backward(dense_attention, x.to(FP64))
     for what, ours, truth in zip(NAMES, forward_and_backward(both, x.to(FP64)), exact, strict=False):
         assert_exact(what, ours, truth)
-    plain = forward_and_backward(dense_attention, x)
-    for what, ours, theirs, truth in zip(NAMES, forward_and_backward(both, x), plain, exact, strict=False):
-        assert ours.dtype == (case.dtype if what in ("o", "dq", "dk", "dv") else torch.float32)
-        if what == "dsink_logits":
-            # a sum over all rows and dims of numbers that were rounded to the case's dtype
-            terms = (x.do * exact[0]).abs().sum((0, 2, 3))
-            assert_accurate(what, ours, theirs, truth, terms=terms, dtype=case.dtype)
-        else:
-            assert_accurate(what, ours, theirs, truth)
+    plain, ours = forward_and_backward(dense_attention, x), forward_and_backward(both, x)
+    for what, mine in zip(NAMES, ours, strict=False):
+        assert mine.dtype == (case.dtype if what in ("o", "dq", "dk", "dv") else torch.float32)
+    assert_all_accurate(x, ours, plain, exact)
 
 
 def test_layout_and_inputs_untouched():

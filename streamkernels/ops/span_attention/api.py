@@ -86,6 +86,7 @@ def span_attention(
         "softcap": softcap != 0.0,
         "sink_logits": sink_logits is not None,
         "classes": given.class_rules is not None,
+        "scale": scale <= 0,
         "backward": needs_grad,
         **{rule.name.lower(): rule in given.rules for rule in (MASS, SINK, KEPT)},
     }
@@ -163,5 +164,5 @@ def _read_prepared(shapes: Shapes, prepared: tuple[Tensor, Tensor]) -> tuple[Ten
     # letters, not numbers in the text: a length that becomes text would compile anew for every length
     shapes.sizes["TB"], shapes.sizes["SB"] = ((shapes[x] + BLOCK - 1) // BLOCK for x in ("T", "S"))
     shapes.tensor("prepared[0]", row_blocks, "B TB N 4", dtype=torch.int32)
-    shapes.tensor("prepared[1]", key_blocks, "B SB N 2", dtype=torch.int32)
+    shapes.tensor("prepared[1]", key_blocks, "B SB 4", dtype=torch.int32)
     return row_blocks, key_blocks

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.shapes import refuse
+from ...backends import triton
 from ...reference import span_attention as reference
 from ...reference.attend_rows import compute_dtype
 
@@ -32,23 +32,27 @@ LIBRARY.define(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    spans, sink_logits, scale, softcap = _read(options)
+    *given, backend = options
+    if backend == "triton":
+        return triton.span_attention(q, k, v, *given)
+    spans, sink_logits, scale, softcap = _read(given)
     return reference.span_attention(q, k, v, spans, sink_logits, scale=scale, softcap=softcap)
 
 
 def _backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spans, sink_logits, scale, softcap = _read(options)
+    *given, backend = options
+    if backend == "triton":
+        return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *given)
+    spans, sink_logits, scale, softcap = _read(given)
     return reference.span_attention_backward(
         do, dlse, q, k, v, o, lse, spans, sink_logits, scale=scale, softcap=softcap
     )
 
 
-def _read(options: tuple[Any, ...]) -> tuple[reference.SpanTensors, Tensor | None, float, float]:
-    *spans, sink_logits, _row_blocks, _key_blocks, scale, softcap, backend = options
-    if backend != "reference":
-        refuse(OP, "backend", "reference, the only one that has this op", backend, NotImplementedError)
+def _read(options: list[Any]) -> tuple[reference.SpanTensors, Tensor | None, float, float]:
+    *spans, sink_logits, _row_blocks, _key_blocks, scale, softcap = options
     return reference.SpanTensors(*spans), sink_logits, scale, softcap
 
 

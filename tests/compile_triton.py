@@ -1,0 +1,90 @@
+"""Compile every Triton tile-table row, and each feature once, for every architecture; no GPU needed.
+
+Prints registers, spills and shared memory per kernel; exits 1 if a kernel does not compile, uses local memory or
+more shared memory than the architecture has. Run it without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-compile-")
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from streamkernels.triton_kernels.prepare import compile as prepare
+from streamkernels.triton_kernels.rotate_append import compile as rotate_append
+from streamkernels.triton_kernels.span_attention import compile as span_attention
+
+ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
+OPS = (rotate_append, prepare, span_attention)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local bytes of a cubin, by the cuobjdump that ships in the triton wheel."""
+    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        text = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    found = {m[1]: int(m[2]) for m in re.finditer(r"(REG|STACK|LOCAL):(\d+)", text)}
+    if "REG" not in found:
+        raise RuntimeError(f"cuobjdump -res-usage printed no register count:\n{text}")
+    return found
+
+
+# run-time numbers that are not multiples of 16: everything else a launch passes is (strides, pointers)
+UNALIGNED = {"T", "S", "H", "HK", "K", "TB", "SB", "heads", "chunks", "sinks", "source_capacity", "target_capacity"}
+UNALIGNED |= {"inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
+
+
+def build(
+    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], options: dict[str, int], capability: int
+) -> Any:
+    """Compile as the GPU would: constants by position, and the alignment that real pointers and strides have."""
+    names = list(kernel.arg_names)
+    constants = {(names.index(key),): value for key, value in constexprs.items()}
+    aligned = [
+        n for n in names if n not in constexprs and n not in UNALIGNED and not signature[n].startswith("tensordesc")
+    ]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> int:
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':52} {'sm':>4} {'registers':>9} {'local':>6} {'shared':>7}")
+    failures = compiled = 0
+    for op in OPS:
+        op_name = op.__name__.split(".")[-2]
+        for capability, limit in ARCHITECTURES.items():
+            for name, kernel, signature, constexprs, options in op.compile_cases(capability):
+                line = f"{op_name + ' ' + name:52} {capability:>4}"
+                try:
+                    built = build(kernel, signature, constexprs, options, capability)
+                except Exception as error:
+                    print(f"{line} does not compile: {error}")
+                    failures += 1
+                    continue
+                use = resources(built.asm["cubin"])
+                local = use.get("LOCAL", 0) + use.get("STACK", 0)
+                bad = local > 0 or built.metadata.shared > limit * 1024
+                failures += bad
+                compiled += not bad
+                print(f"{line} {use['REG']:>9} {local:>6} {built.metadata.shared:>7}{'  TOO MUCH' if bad else ''}")
+    print(f"{compiled} passed, {failures} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

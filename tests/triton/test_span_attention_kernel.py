@@ -1,0 +1,161 @@
+"""The Triton kernels of span_attention and prepare against the reference's truth: the interpreter on a CPU, compiled
+on a GPU.
+
+Run as `TRITON_INTERPRET=1 pytest tests/triton` without a GPU: fp32 and fp16, small cases. On a GPU: the whole table
+with bf16.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamkernels import Spans, prepare, span_attention, spans
+from streamkernels.core.spans import ATTEND, KEPT, MASS, SINK
+from streamkernels.testing.cases import CPU_CASES, GPU_CASES, Case
+from streamkernels.testing.compare import assert_accurate, influence
+from streamkernels.testing.dense import dense_attention
+from streamkernels.testing.gradients import NAMES, assert_all_accurate, forward_and_backward
+from streamkernels.testing.inputs import make_inputs, random_kept, random_spans
+
+GPU = torch.cuda.is_available()
+if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+DEVICE = "cuda" if GPU else "cpu"
+FP64 = torch.float64
+
+
+def supported(cases):
+    """Without class tables; and with one key the gradients of q and k are exactly 0, and what is left of them is the
+    rounding of two
+    sums taken in different orders."""
+    return tuple(case for case in cases if case.mask != "classes" and case.S > 1)
+
+
+SMALL = supported(replace(case, B=min(case.B, 2), H=2 * case.HK if case.HK < 3 else case.HK) for case in CPU_CASES) + (
+    Case(1, 2, 1, 70, 150, 16, "random"),
+    Case(1, 3, 1, 130, 130, 32, "wait_k"),
+)
+HALF = tuple(replace(case, dtype=torch.float16) for case in SMALL)
+
+
+def both(*args, **kwargs) -> tuple[Tensor, Tensor]:
+    return span_attention(*args, return_lse=True, **kwargs)
+
+
+@pytest.mark.parametrize("case", supported(GPU_CASES) if GPU else HALF, ids=str)
+def test_accurate(case):
+    x = make_inputs(case, DEVICE)
+    ours = forward_and_backward(both, x, backend="triton")
+    plain = forward_and_backward(dense_attention, x)
+    exact = forward_and_backward(dense_attention, x.to(FP64))
+    assert_all_accurate(x, ours, plain, exact)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_forward_in_fp32(case):
+    """The interpreter multiplies q k^T and k q^T by different BLAS orders, which fp32 gradients show; the GPU does
+    not."""
+    x = make_inputs(case, DEVICE)
+    arguments = {"scale": x.scale, "softcap": x.softcap, "sink_logits": x.sink_logits}
+    wide = x.to(FP64)
+    exact = dense_attention(wide.q, wide.k, wide.v, x.spans, **arguments | {"sink_logits": wide.sink_logits})
+    ours = both(x.q, x.k, x.v, x.spans, **arguments, backend="triton")
+    plain = dense_attention(x.q, x.k, x.v, x.spans, **arguments)
+    for name, a, b, c in zip(NAMES, ours, plain, exact, strict=False):
+        assert_accurate(f"{name} of {case}", a, b, c)
+
+
+@pytest.mark.parametrize("S, T, N", [(1, 1, 1), (150, 130, 2), (64, 64, 4), (321, 70, 8), (40, 700, 2), (0, 5, 1)])
+def test_prepare_equals_the_reference(S, T, N):
+    random = torch.Generator().manual_seed(S + T)
+    bounds = torch.randint(-9, S + 9, (2, T, N, 2), generator=random, dtype=torch.int32).to(DEVICE)
+    for a, b in zip(prepare(bounds, S, backend="triton"), prepare(bounds, S, backend="reference"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_gap_of_a_wait_k_mask_is_not_walked():
+    """Source keys are seen by later source rows and, after a gap, by later target rows: two runs."""
+    sp = spans.wait_k([[1] * 400], [[1] * 400], k=3, device=DEVICE)
+    _, key_blocks = prepare(sp, 800, backend="triton")
+    begin, end, begin2, end2 = key_blocks[0, 4].tolist()
+    assert begin == 4 and end == 7 and begin2 > end and end2 == 13
+
+
+def test_overlapping_slots_count_twice():
+    x = make_inputs(Case(1, 2, 1, 70, 70, 16, "causal"), DEVICE)
+    twice = torch.tensor([[0, 70], [3, 66]], dtype=torch.int32, device=DEVICE).expand(1, 70, 2, 2)
+    x = replace(x, spans=Spans(twice))
+    ours = forward_and_backward(both, x, backend="triton")
+    reference = forward_and_backward(both, x.to(FP64), backend="reference")
+    for name, a, b in zip(NAMES, ours, reference, strict=False):
+        assert (a - b).abs().max() < 1e-4, name
+
+
+def every_rule(T: int, S: int) -> Spans:
+    random = torch.Generator().manual_seed(1)
+    kept, count = random_kept(1, 1, S, S // 2, random)
+    sink_key = torch.tensor([[0, 0, 0, 5, 0, 0, 0, 2 * S]], dtype=torch.int32)
+    rules = (ATTEND, KEPT, MASS, SINK, ATTEND, KEPT, ATTEND, SINK)
+    return Spans(random_spans(1, T, S, 8, random).bounds, rules, sink_key, kept, count).to(DEVICE)
+
+
+def test_every_rule_at_once():
+    case = Case(1, 2, 1, 67, 131, 16, "causal", torch.float16, sink_logits=True)
+    x = replace(make_inputs(case, DEVICE), spans=every_rule(67, 131))
+    ours = forward_and_backward(both, x, backend="triton")
+    plain = forward_and_backward(dense_attention, x)
+    exact = forward_and_backward(dense_attention, x.to(FP64))
+    assert_all_accurate(x, ours, plain, exact)
+
+
+def test_keys_that_nobody_sees_may_be_nan():
+    """Holes inside, before and after what a tile of rows sees; and unused values under MASS."""
+    case = Case(1, 2, 1, 66, 200, 16, "causal")
+    x = make_inputs(case, DEVICE)
+    bounds = torch.zeros(1, 66, 2, 2, dtype=torch.int32)
+    bounds[:, :, 0] = torch.tensor([7, 40])
+    bounds[:, 33:, 0] = torch.tensor([50, 61])
+    bounds[:, :, 1] = torch.tensor([70, 150])
+    for rules in ((ATTEND, ATTEND), (ATTEND, MASS)):
+        clean = replace(x, spans=Spans(bounds.to(DEVICE), rules))
+        seen = clean.spans.visible(200).any(2)[0, 0]
+        own = clean.spans.value_weight(200).any(2)[0, 0]
+        k, v = x.k.clone(), x.v.clone()
+        k[:, :, ~seen] = float("nan")
+        v[:, :, ~own] = float("nan")
+        before = forward_and_backward(both, clean, backend="triton")
+        after = forward_and_backward(both, replace(clean, k=k, v=v), backend="triton")
+        for name, a, b in zip(NAMES, before, after, strict=False):
+            assert torch.equal(a, b), (name, rules)
+
+
+def test_influence_is_what_the_spans_declare():
+    x = make_inputs(Case(1, 1, 1, 21, 21, 8, "wait_k"), DEVICE)
+    flows = influence(lambda v: span_attention(x.q, x.k, v, x.spans, backend="triton"), x.v)
+    assert torch.equal(flows[0].cpu(), x.spans.visible(21)[0, 0].cpu())
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter is sequential")
+def test_a_hundred_repeats_are_bit_equal():
+    x = make_inputs(Case(2, 8, 2, 777, 777, 128, "wait_k", torch.bfloat16), DEVICE)
+    first = forward_and_backward(both, x, backend="triton")
+    for _ in range(100):
+        again = forward_and_backward(both, x, backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
+def test_captured_in_a_cuda_graph():
+    x = make_inputs(Case(1, 8, 2, 300, 300, 64, "wait_k", torch.bfloat16), DEVICE)
+    eager = span_attention(x.q, x.k, x.v, x.spans, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = span_attention(x.q, x.k, x.v, x.spans, backend="triton")
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(captured, eager)

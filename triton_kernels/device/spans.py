@@ -1,0 +1,104 @@
+"""Spans on tiles: which key tiles a block of rows touches, which of them need no mask, and the mask of the others."""
+
+import triton
+import triton.language as tl
+
+# rows and keys per block of what `prepare` returns
+PREPARED_BLOCK = tl.constexpr(64)
+
+
+@triton.jit
+def sees(begin, end, j):
+    """Whether a span shows key j: the predicate of core/spans.py; arguments broadcast."""
+    return (j >= begin) & (j < end)
+
+
+@triton.jit
+def slot_hull(row_blocks, block, blocks, SLOT: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """What one slot shows to a tile of rows: (begin, length) of the hull, and most begin, least end of the rows' spans.
+
+    row_blocks int32 [TB, N, 4] of one sample: least begin, most begin, least end, most end of 64 rows. `block` counts
+    tiles of
+    BLOCK_T rows, `blocks` is TB.
+    """
+    first = block * BLOCK_T // PREPARED_BLOCK
+    at = row_blocks + (first * N + SLOT) * 4
+    least_begin, most_begin = tl.load(at), tl.load(at + 1)
+    least_end, most_end = tl.load(at + 2), tl.load(at + 3)
+    for more in tl.static_range(1, BLOCK_T // PREPARED_BLOCK):
+        there = first + more < blocks
+        at += N * 4
+        least_begin = tl.minimum(least_begin, tl.load(at, mask=there, other=2147483647))
+        most_begin = tl.maximum(most_begin, tl.load(at + 1, mask=there, other=0))
+        least_end = tl.minimum(least_end, tl.load(at + 2, mask=there, other=2147483647))
+        most_end = tl.maximum(most_end, tl.load(at + 3, mask=there, other=0))
+    return least_begin, tl.maximum(most_end - least_begin, 0), most_begin, least_end
+
+
+@triton.jit
+def hull_tiles(length, most_begin, least_end, BLOCK_S: tl.constexpr):
+    """How many key tiles a hull has as (tiles of used keys only, tiles that may hold keys which no row sees): one of
+    them is 0.
+
+    Spans that all share a point have no hole between them, so every key of their hull is seen by some row, and the
+    last tile can end
+    where the hull ends. Such tiles need no care for what unseen keys hold.
+    """
+    tiles = tl.cdiv(length, BLOCK_S)
+    solid = (most_begin <= least_end) & (length >= BLOCK_S)
+    return tl.where(solid, tiles, 0), tl.where(solid, 0, tiles)
+
+
+@triton.jit
+def solid_tile(i, begin, length, most_begin, least_end, BLOCK_S: tl.constexpr):
+    """Tile i of a hull without holes: (its first key, the first key that no earlier tile had, whether every row sees
+    all of it)."""
+    fresh = begin + i * BLOCK_S
+    start = begin + tl.minimum(i * BLOCK_S, length - BLOCK_S)
+    return start, fresh, (start == fresh) & (start >= most_begin) & (start + BLOCK_S <= least_end)
+
+
+@triton.jit
+def tile_is_whole(row_blocks, block, start, there, N: tl.constexpr, RULES: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Whether all 64 rows of `block` see all keys [start, start + BLOCK_S) through one ATTEND slot and nothing of
+    them through
+    another; False where not `there`."""
+    touching = 0
+    covering = 0
+    for slot in tl.static_range(N):
+        at = row_blocks + (block * N + slot) * 4
+        least_begin = tl.load(at, mask=there, other=0)
+        most_end = tl.load(at + 3, mask=there, other=0)
+        touching += ((least_begin < start + BLOCK_S) & (most_end > start)).to(tl.int32)
+        if (RULES >> (2 * slot)) & 3 == 0:
+            most_begin = tl.load(at + 1, mask=there, other=2147483647)
+            least_end = tl.load(at + 2, mask=there, other=0)
+            covering += ((start >= most_begin) & (start + BLOCK_S <= least_end)).to(tl.int32)
+    return (covering == 1) & (touching == 1)
+
+
+@triton.jit
+def row_runs(key_blocks, block, blocks, BLOCK_S: tl.constexpr):
+    """The two runs of 64-row blocks that touch a tile of BLOCK_S keys: (begin, length) each, disjoint.
+
+    key_blocks int32 [SB, 4] of one sample: (begin, end) of two runs per 64 keys. `block` counts tiles of BLOCK_S
+    keys, `blocks` is SB.
+    """
+    first = block * BLOCK_S // PREPARED_BLOCK
+    at = key_blocks + first * 4
+    begin, end, begin2, end2 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    for more in tl.static_range(1, BLOCK_S // PREPARED_BLOCK):
+        there = first + more < blocks
+        at += 4
+        low, high = tl.load(at, mask=there, other=0), tl.load(at + 1, mask=there, other=0)
+        low2, high2 = tl.load(at + 2, mask=there, other=0), tl.load(at + 3, mask=there, other=0)
+        begin = tl.where(high > low, tl.where(end > begin, tl.minimum(begin, low), low), begin)
+        end = tl.where(high > low, tl.maximum(end, high), end)
+        begin2 = tl.where(high2 > low2, tl.where(end2 > begin2, tl.minimum(begin2, low2), low2), begin2)
+        end2 = tl.where(high2 > low2, tl.maximum(end2, high2), end2)
+        # where the joined runs meet, one run that holds both
+        meet = (end2 > begin2) & (begin2 <= end)
+        begin = tl.where(meet, tl.minimum(begin, begin2), begin)
+        end = tl.where(meet, tl.maximum(end, end2), end)
+        end2 = tl.where(meet, begin2, end2)
+    return begin, tl.maximum(end - begin, 0), begin2, tl.maximum(end2 - begin2, 0)

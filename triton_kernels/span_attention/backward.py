@@ -1,0 +1,341 @@
+"""span_attention backward: row statistics, then dq by tiles of rows, then dk and dv by tiles of keys.
+
+With p = exp(s - total), total the log of the whole denominator (the learned sink included), and do_j = do . (the
+value that key j's mass
+lands on):  dS = p (do_j - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = p^T do   (FlashAttention-2, arXiv
+2307.08691, section
+2.3.2), where delta = do . o - dlse / (1 - p_sink) carries the gradient through lse. dq and dk, dv are two kernels, so
+that every output
+has one writer and a fixed order of additions: deterministic without atomics.
+"""
+
+import triton
+import triton.language as tl
+
+from ..device.softmax import cap, from_natural, power
+from ..device.spans import PREPARED_BLOCK, hull_tiles, row_runs, sees, slot_hull, solid_tile, tile_is_whole
+from .forward import load_tile, row_span
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def row_statistics_kernel(
+    o, do,  # [B, H, T, D]
+    lse, dlse,  # fp32 [B, H, T]
+    sink_logits,  # [H]
+    # fp32 [B, H, T]: log of the denominator in the unit of `power` (+inf where nothing is seen), and delta
+    total, delta,
+    sink_gradient,  # fp32 [B, H, T]: each row's share of d sink_logits
+    T, H,
+    o_b, o_h, o_t, do_b, do_h, do_t, dlse_b, dlse_h, dlse_t,
+    D: tl.constexpr, SINK_LOGITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // H).to(tl.int64)
+    h = tl.program_id(0) % H
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < T
+    d = tl.arange(0, BLOCK_D)[None, :]
+    row = t.to(tl.int64)[:, None]
+    mask = inside[:, None] & (d < D)
+    out = tl.load(o + b * o_b + h * o_h + row * o_t + d, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(do + b * do_b + h * do_h + row * do_t + d, mask=mask, other=0.0).to(tl.float32)
+    along = tl.sum(out * grad, 1)
+    at = (b * H + h) * T + t
+    log = tl.load(lse + at, mask=inside, other=float("-inf"))
+    dlog = tl.load(dlse + b * dlse_b + h * dlse_h + t.to(tl.int64) * dlse_t, mask=inside, other=0.0)
+    seen = log > float("-inf")
+    log = tl.where(seen, log, 0.0)
+    whole = log
+    if SINK_LOGITS:
+        sink = tl.load(sink_logits + h).to(tl.float32)
+        top = tl.maximum(log, sink)
+        whole = top + tl.log(tl.exp(log - top) + tl.exp(sink - top))
+        tl.store(sink_gradient + at, tl.where(seen, -tl.exp(sink - whole) * along, 0.0), mask=inside)
+        along -= dlog * tl.exp(tl.minimum(whole - log, 80.0))
+    else:
+        along -= dlog
+    tl.store(total + at, tl.where(seen, from_natural(whole, PRECISION), float("inf")), mask=inside)
+    tl.store(delta + at, tl.where(seen, along, 0.0), mask=inside)
+
+
+@triton.jit
+def dq_slots(
+    acc, mass, q, do, k, v, bounds, row_blocks, total, delta, sunk, t, b, hk, block, blocks, inner, outer, T, S,
+    SLOT: tl.constexpr, PAIR: tl.constexpr, RULE: tl.constexpr, N: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq's share of slot SLOT (and the next, if PAIR), and the slot's mass per row. `sunk` [BLOCK_T]: do . (value of
+    the slot's sink)."""
+    begin, length, most_begin, least_end = slot_hull(row_blocks, block, blocks, SLOT, N, BLOCK_T)
+    solid, loose = hull_tiles(length, most_begin, least_end, BLOCK_S)
+    solids = solid
+    looses = loose
+    if PAIR:
+        begin2, length2, most_begin2, least_end2 = slot_hull(row_blocks, block, blocks, SLOT + 1, N, BLOCK_T)
+        solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
+        solids += solid2
+        looses += loose2
+    for i in tl.range(0, solids):
+        start, fresh, whole = solid_tile(i, begin, length, most_begin, least_end, BLOCK_S)
+        slot = SLOT
+        if PAIR:
+            start2, fresh2, whole2 = solid_tile(i - solid, begin2, length2, most_begin2, least_end2, BLOCK_S)
+            start = tl.where(i < solid, start, start2)
+            fresh = tl.where(i < solid, fresh, fresh2)
+            whole = tl.where(i < solid, whole, whole2)
+            slot = tl.where(i < solid, SLOT, SLOT + 1)
+        keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
+        s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
+        p = power(s * outer - total[:, None], PRECISION)
+        if not whole:
+            low, high = row_span(bounds, t, T, S, slot, N)
+            j = start + tl.arange(0, BLOCK_S)
+            low = tl.maximum(low, fresh)
+            p = tl.where(sees(low[:, None], high[:, None], j[None, :]), p, 0.0)
+        if RULE == 0:
+            values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
+            ds = p * (tl.dot(do, values.T, input_precision=PRECISION) - delta[:, None])
+        else:
+            ds = p * (sunk - delta)[:, None]
+            mass += tl.sum(p, 1)
+        if SOFTCAP:
+            ds *= 1.0 - s * s
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    # one stage: such tiles are few, and more buffers would keep larger tiles out
+    for i in tl.range(0, looses, num_stages=1):
+        start = begin + i * BLOCK_S
+        slot = SLOT
+        if PAIR:
+            start = tl.where(i < loose, start, begin2 + (i - loose) * BLOCK_S)
+            slot = tl.where(i < loose, SLOT, SLOT + 1)
+        low, high = row_span(bounds, t, T, S, slot, N)
+        j = start + tl.arange(0, BLOCK_S)
+        used = tl.max(sees(low[None, :], high[None, :], j[:, None]).to(tl.int32), 1)
+        keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
+        keys = tl.where(used[:, None] > 0, keys, 0.0)
+        s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
+        p = power(s * outer - total[:, None], PRECISION)
+        p = tl.where(sees(low[:, None], high[:, None], j[None, :]), p, 0.0)
+        if RULE == 0:
+            values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
+            ds = p * (tl.dot(do, values.T, input_precision=PRECISION) - delta[:, None])
+            # the value of an unseen key may be NaN
+            ds = tl.where(p > 0, ds, 0.0)
+        else:
+            ds = p * (sunk - delta)[:, None]
+            mass += tl.sum(p, 1)
+        if SOFTCAP:
+            ds *= 1.0 - s * s
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    return acc, mass
+
+
+@triton.jit
+def dq_kept(
+    acc, q, do, k, v, kept, count, bounds, total, delta, t, inner, outer, T, S, k_s, v_s,
+    SLOT: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq's share of a KEPT slot, its keys gathered by index."""
+    begin, end = row_span(bounds, t, T, S, SLOT, N)
+    d = tl.arange(0, BLOCK_D)
+    for start in tl.range(0, count, BLOCK_S):
+        i = start + tl.arange(0, BLOCK_S)
+        j = tl.load(kept + i, mask=i < count, other=-1)
+        j = tl.where(j < S, j, -1)
+        used = tl.max(((j[:, None] >= 0) & sees(begin[None, :], end[None, :], j[:, None])).to(tl.int32), 1) > 0
+        row = j.to(tl.int64)[:, None]
+        mask = used[:, None] & (d < D)[None, :]
+        keys = tl.load(k + row * k_s + d[None, :], mask=mask, other=0.0)
+        values = tl.load(v + row * v_s + d[None, :], mask=mask, other=0.0)
+        s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
+        p = power(s * outer - total[:, None], PRECISION)
+        p = tl.where((j[None, :] >= 0) & sees(begin[:, None], end[:, None], j[None, :]), p, 0.0)
+        ds = p * (tl.dot(do, values.T, input_precision=PRECISION) - delta[:, None])
+        ds = tl.where(p > 0, ds, 0.0)
+        if SOFTCAP:
+            ds *= 1.0 - s * s
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "K"])
+def dq_kernel(
+    q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
+    k_rows, v_rows,
+    dq,  # [B, H, T, D]
+    total, delta,  # fp32 [B, H, T]
+    mass,  # fp32 [N, B, H, T]: what each SINK slot moved to its sink key
+    bounds, row_blocks, sink_key, kept, kept_count,
+    inner, outer, scale, T, S, H, HK, TB, K,
+    k_b, k_h, k_s, v_b, v_h, v_s, dq_b, dq_h, dq_t, mass_n,
+    N: tl.constexpr, RULES: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    hk = h // (H // HK)
+    wide = b.to(tl.int64)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)
+    bounds += wide * T * N * 2
+    row_blocks += wide * TB * N * 4
+    rows = load_tile(q, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
+    grad = load_tile(do, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
+    at = (wide * H + h) * T + t
+    log = tl.load(total + at, mask=t < T, other=float("inf"))
+    less = tl.load(delta + at, mask=t < T, other=0.0)
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    none = tl.zeros([BLOCK_T], tl.float32)
+    for slot in tl.static_range(N):
+        if (RULES >> (2 * slot)) & 3 == 0:
+            if slot % 2 == 0 or (RULES >> (2 * slot - 2)) & 3 != 0:
+                acc, _ = dq_slots(
+                    acc, none, rows, grad, k, v, bounds, row_blocks, log, less, none, t, b, hk, block, TB, inner,
+                    outer, T, S,
+                    slot, slot % 2 == 0 and slot + 1 < N and (RULES >> (2 * slot + 2)) & 3 == 0, 0, N, SOFTCAP,
+                    PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
+                )  # fmt: skip
+        elif (RULES >> (2 * slot)) & 3 == 3:
+            count = tl.minimum(tl.load(kept_count + b * HK + hk), K)
+            acc = dq_kept(
+                acc, rows, grad, k_rows + wide * k_b + hk * k_h, v_rows + wide * v_b + hk * v_h,
+                kept + (wide * HK + hk) * K, count,
+                bounds, log, less, t, inner, outer, T, S, k_s, v_s, slot, N, D, SOFTCAP, PRECISION, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
+        else:
+            sunk = none
+            if (RULES >> (2 * slot)) & 3 == 2:
+                key = tl.load(sink_key + b * N + slot)
+                there = (key >= 0) & (key < S) & (d < D)
+                value = tl.load(v_rows + wide * v_b + hk * v_h + key.to(tl.int64) * v_s + d, mask=there, other=0.0).to(
+                    tl.float32
+                )
+                sunk = tl.sum(grad.to(tl.float32) * value[None, :], 1)
+            acc, moved = dq_slots(
+                acc, none, rows, grad, k, v, bounds, row_blocks, log, less, sunk, t, b, hk, block, TB, inner, outer,
+                T, S,
+                slot, False, (RULES >> (2 * slot)) & 3, N, SOFTCAP, PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
+            if (RULES >> (2 * slot)) & 3 == 2:
+                tl.store(mass + slot * mass_n + at, moved, mask=t < T)
+    to = dq + wide * dq_b + h * dq_h + t.to(tl.int64)[:, None] * dq_t + d[None, :]
+    tl.store(to, (acc * scale).to(dq.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def times_seen(
+    bounds, t, T, S, j, kept, N: tl.constexpr, RULES: tl.constexpr, RULE: tl.constexpr, OR_RULE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_S, BLOCK_T]: in how many slots of one of two rules each row sees each key."""
+    times = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+    for slot in tl.static_range(N):
+        if (RULES >> (2 * slot)) & 3 == RULE or (RULES >> (2 * slot)) & 3 == OR_RULE:
+            low, high = row_span(bounds, t, T, S, slot, N)
+            here = sees(low[None, :], high[None, :], j[:, None])
+            if (RULES >> (2 * slot)) & 3 == 3:
+                here = here & kept[:, None]
+            times += here.to(tl.float32)
+    return times
+
+
+@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "SB", "heads"])
+def dkdv_kernel(
+    q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
+    v_rows,
+    dk, dv,  # [B, HK, S, D], or fp32 partial sums with a leading part
+    total, delta,  # fp32 [B, H, T]
+    bounds, row_blocks,
+    key_blocks,  # int32 [B, SB, 4]
+    sink_key,  # int32 [B, N]
+    listed,  # int8 [B, HK, S]: whether a key is in the kept list
+    inner, outer, scale, T, S, H, HK, TB, SB, heads,
+    v_b, v_h, v_s, dk_p, dk_b, dk_h, dk_s,
+    N: tl.constexpr, RULES: tl.constexpr, HAS_KEPT: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    hk = tl.program_id(1) % HK
+    part = tl.program_id(1) // HK
+    b = tl.program_id(2)
+    PER: tl.constexpr = PREPARED_BLOCK // BLOCK_T
+    wide = b.to(tl.int64)
+    start = tl.program_id(0) * BLOCK_S
+    j = start + tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    bounds += wide * T * N * 2
+    row_blocks += wide * TB * N * 4
+    # [BLOCK_S, BLOCK_D]
+    keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
+    values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
+    begin, length, begin2, length2 = row_runs(key_blocks + wide * SB * 4, tl.program_id(0), SB, BLOCK_S)
+    # runs count blocks of 64 rows, the loop tiles of BLOCK_T
+    begin, length, begin2, length2 = begin * PER, length * PER, begin2 * PER, length2 * PER
+    both = length + length2
+    first = hk * (H // HK) + part * heads
+    last = tl.minimum(first + heads, (hk + 1) * (H // HK))
+    steps = tl.maximum(last - first, 0) * both
+    # [BLOCK_S]: whether a KEPT slot shows the key
+    kept = j < S
+    if HAS_KEPT:
+        kept = tl.load(listed + (wide * HK + hk) * S + j, mask=kept, other=0) > 0
+    dk_acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    # what is too small for the pipeliner is loaded one step ahead: row statistics, and whether the tile needs a mask
+    h = first
+    block = tl.where(length > 0, begin, begin2)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    at = (wide * H + h) * T + t
+    log = tl.load(total + at, mask=(t < T) & (steps > 0), other=float("inf"))
+    less = tl.load(delta + at, mask=(t < T) & (steps > 0), other=0.0)
+    whole = tile_is_whole(row_blocks, block // PER, start, steps > 0, N, RULES, BLOCK_S)
+    for i in tl.range(0, steps):
+        rows = load_tile(q, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
+        s = cap(tl.dot(keys, rows.T, input_precision=PRECISION), inner, SOFTCAP)
+        # [BLOCK_S, BLOCK_T]
+        p = power(s * outer - log[None, :], PRECISION)
+        grad = load_tile(do, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
+        if RULES == 0:
+            if not whole:
+                times = times_seen(bounds, t, T, S, j, kept, N, RULES, 0, 0, BLOCK_T, BLOCK_S)
+                p = tl.where(times > 0, p * times, 0.0)
+            dv_acc = tl.dot(p.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
+            dp = tl.dot(values, grad.T, input_precision=PRECISION)
+            # a value that no row sees may be NaN
+            ds = tl.where(p > 0, p * (dp - less[None, :]), 0.0)
+        else:
+            own = times_seen(bounds, t, T, S, j, kept, N, RULES, 0, 3, BLOCK_T, BLOCK_S)
+            weights = tl.where(own > 0, p * own, 0.0)
+            dv_acc = tl.dot(weights.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
+            dp = tl.dot(values, grad.T, input_precision=PRECISION)
+            ds = tl.where(own > 0, weights * (dp - less[None, :]), 0.0)
+            dropped = times_seen(bounds, t, T, S, j, kept, N, RULES, 1, 2, BLOCK_T, BLOCK_S)
+            ds -= tl.where(dropped > 0, p * dropped * less[None, :], 0.0)
+            for slot in tl.static_range(N):
+                if (RULES >> (2 * slot)) & 3 == 2:
+                    sink = tl.load(sink_key + b * N + slot)
+                    there = (sink >= 0) & (sink < S) & (d < D)
+                    value = tl.load(v_rows + wide * v_b + hk * v_h + sink.to(tl.int64) * v_s + d, mask=there, other=0.0)
+                    sunk = tl.sum(grad.to(tl.float32) * value.to(tl.float32)[None, :], 1)
+                    low, high = row_span(bounds, t, T, S, slot, N)
+                    ds += tl.where(sees(low[None, :], high[None, :], j[:, None]), p * sunk[None, :], 0.0)
+        if SOFTCAP:
+            ds *= 1.0 - s * s
+        dk_acc = tl.dot(ds.to(rows.dtype), rows, dk_acc, input_precision=PRECISION)
+        following = i + 1
+        r = following // both
+        n = following - r * both
+        h = first + r
+        block = tl.where(n < length, begin + n, begin2 + n - length)
+        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        at = (wide * H + h) * T + t
+        more = following < steps
+        log = tl.load(total + at, mask=(t < T) & more, other=float("inf"))
+        less = tl.load(delta + at, mask=(t < T) & more, other=0.0)
+        whole = tile_is_whole(row_blocks, block // PER, start, more, N, RULES, BLOCK_S)
+    to = part * dk_p + wide * dk_b + hk * dk_h + j.to(tl.int64)[:, None] * dk_s + d[None, :]
+    mask = (j < S)[:, None] & (d < D)[None, :]
+    tl.store(dk + to, (dk_acc * scale).to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv + to, dv_acc.to(dv.dtype.element_ty), mask=mask)

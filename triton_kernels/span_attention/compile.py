@@ -1,0 +1,77 @@
+"""What the compile check compiles: every tile row with plain causal-like spans, then each feature once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from . import tiles
+from .backward import dkdv_kernel, dq_kernel, row_statistics_kernel
+from .forward import span_attention_kernel
+
+POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+INT32 = ("bounds", "row_blocks", "key_blocks", "sink_key", "kept", "kept_count")
+FP32 = ("lse", "dlse", "total", "delta", "mass", "sink_gradient", "sink_logits")
+FEATURES: dict[str, dict[str, Any]] = {
+    "one slot": {"N": 1},
+    "eight slots": {"N": 8},
+    "mass": {"RULES": 0b0100},
+    "sink": {"RULES": 0b1000},
+    "kept": {"RULES": 0b1100, "HAS_KEPT": True},
+    "softcap": {"SOFTCAP": True},
+    "sink logits": {"SINK_LOGITS": True},
+    "D=80": {"D": 80},
+}
+
+
+def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, signature, constexprs, options) for one compute capability."""
+    for D in (64, 128, 256):
+        for dtype in ("bf16", "fp32"):
+            yield from _kernels(f"D={D} {dtype}", capability, D, dtype, {})
+    yield from _kernels("fp16", capability, 128, "fp16", {})
+    for name, feature in FEATURES.items():
+        yield from _kernels(name, capability, feature.get("D", 128), "bf16", feature)
+
+
+def _kernels(name: str, capability: int, D: int, dtype: str, feature: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    size = 4 if dtype == "fp32" else 2
+    kernels = {
+        "forward": span_attention_kernel,
+        "dq": dq_kernel,
+        "dkdv": dkdv_kernel,
+        "statistics": row_statistics_kernel,
+    }
+    for room, kernel in kernels.items():
+        choice = tiles.tile(room, capability, D, size) if room in tiles.KERNELS else tiles.Tile(32, 32, 4, 2)
+        values = {
+            "N": 2, "RULES": 0, "HAS_KEPT": False, "D": D, "SOFTCAP": False, "SINK_LOGITS": False,
+            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "BLOCK_T": choice.block_t, "BLOCK_S": choice.block_s, "BLOCK_D": tiles.block_d(D), **feature,
+        }  # fmt: skip
+        constexprs = {key: value for key, value in values.items() if key in kernel.arg_names}
+        signature = {n: _type(n, room, dtype, constexprs, choice, D) for n in kernel.arg_names}
+        yield (
+            f"{room} {name}",
+            kernel,
+            signature,
+            constexprs,
+            {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
+        )
+
+
+def _type(argument: str, room: str, dtype: str, constexprs: dict[str, Any], choice: tiles.Tile, D: int) -> str:
+    if argument in constexprs:
+        return "constexpr"
+    if room != "statistics" and argument in ("q", "do", "k", "v"):
+        rows = choice.block_t if argument in ("q", "do") else choice.block_s
+        return f"tensordesc<{dtype}[1,1,{rows},{tiles.block_d(D)}]>"
+    if argument in ("k_rows", "v_rows", "o", "do", "dq", "dk", "dv"):
+        return POINTERS[dtype]
+    if argument in INT32:
+        return "*i32"
+    if argument == "listed":
+        return "*i8"
+    if argument in FP32:
+        return "*fp32"
+    return "fp32" if argument in ("inner", "outer", "scale") else "i32"
