@@ -1,0 +1,53 @@
+"""A copy of what the package is built from: builds leave folders behind, and the checkout must stay as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")
+FOLDERS = ("csrc", "streamkernels", "triton_kernels")
+
+
+def copy_sources(to: Path) -> Path:
+    for name in FILES:
+        shutil.copy(ROOT / name, to)
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=ignore)
+    return to
+
+
+def run(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without the variables that steer a build, except those given; the output is one text."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("STREAMKERNELS_") and k not in STEERING}
+    return subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=clean | {"CI": "1"} | env, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+STEERING = {"CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAHOSTCXX", "NVCC_CCBIN", "PYTHONPATH", "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="session")
+def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the pure wheel that was built from that sdist. No network: CI builds in isolation."""
+    pytest.importorskip("build")
+    pytest.importorskip("setuptools", minversion="77")
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", out]
+    done = run(*command, cwd=sources, STREAMKERNELS_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stdout[-4000:]
+    return out

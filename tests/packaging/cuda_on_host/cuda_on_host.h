@@ -1,0 +1,157 @@
+// Runs a CUDA kernel's own source on the host, so that its indexing can be tested where there is no GPU.
+// The threads of a block are fibers that take turns between synchronisation points; blocks run one after another.
+// Says nothing about races, memory order or speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static
+
+using std::min;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  return {x, y, z, w};
+}
+
+struct Dim {
+  unsigned x;
+};
+inline Dim threadIdx, blockIdx, blockDim;
+
+namespace host {
+
+constexpr size_t kStack = 256 * 1024;
+enum class At { kStart, kBarrier, kBallot, kSum, kEnd };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  At at = At::kStart;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline std::vector<int> values;  // what each thread brought to a warp operation
+inline std::function<void()> body;
+
+// the calling thread waits until all threads of the block have come to a synchronisation of the same kind
+inline void wait(At at) {
+  const unsigned thread = threadIdx.x;
+  fibers[thread].at = at;
+  swapcontext(&fibers[thread].context, &scheduler);
+  threadIdx.x = thread;
+}
+
+inline void enter() {
+  body();
+  wait(At::kEnd);
+}
+
+inline void run_block(unsigned threads) {
+  for (unsigned t = 0; t < threads; ++t) {
+    getcontext(&fibers[t].context);
+    fibers[t].context.uc_stack.ss_sp = fibers[t].stack.get();
+    fibers[t].context.uc_stack.ss_size = kStack;
+    makecontext(&fibers[t].context, enter, 0);
+  }
+  for (bool ended = false; !ended;) {
+    for (unsigned t = 0; t < threads; ++t) {
+      threadIdx.x = t;
+      swapcontext(&scheduler, &fibers[t].context);
+    }
+    for (unsigned t = 1; t < threads; ++t) {
+      if (fibers[t].at != fibers[0].at) {
+        std::fprintf(stderr, "thread %u is at another synchronisation than thread 0\n", t);
+        std::abort();
+      }
+    }
+    ended = fibers[0].at == At::kEnd;
+  }
+}
+
+template <typename Kernel, typename... Args>
+void launch(Kernel kernel, unsigned blocks, unsigned threads, const Args&... args) {
+  if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+  values.assign(threads, 0);
+  blockDim.x = threads;
+  body = [&] { kernel(args...); };
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+}
+
+// every lane of the warp brings a value and gets what `combine` makes of all 32
+template <typename Combine>
+auto warp(At at, int value, Combine combine) {
+  values[threadIdx.x] = value;
+  wait(at);
+  const auto result = combine(&values[threadIdx.x / 32 * 32]);
+  wait(at);
+  return result;
+}
+
+}  // namespace host
+
+inline void __syncthreads() {
+  host::wait(host::At::kBarrier);
+}
+
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  return host::warp(host::At::kBallot, predicate, [](const int* lane) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(lane[i]) << i;
+    return bits;
+  });
+}
+
+inline int __reduce_add_sync(unsigned, int value) {
+  return host::warp(host::At::kSum, value, [](const int* lane) {
+    int sum = 0;
+    for (int i = 0; i < 32; ++i) sum += lane[i];
+    return sum;
+  });
+}
+
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
+
+inline unsigned __vcmpeq4(unsigned a, unsigned b) {
+  unsigned result = 0;
+  for (int shift = 0; shift < 32; shift += 8) {
+    if (((a >> shift) & 0xff) == ((b >> shift) & 0xff)) result |= 0xffu << shift;
+  }
+  return result;
+}
+
+inline int atomicOr(int* word, int bits) {
+  const int before = *word;
+  *word |= bits;
+  return before;
+}
+
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}

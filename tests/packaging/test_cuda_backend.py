@@ -1,0 +1,63 @@
+"""What the CUDA backend says of a call it cannot run: one sentence, without a GPU and without the extension."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamkernels import _ext
+from streamkernels.backends import cuda
+from streamkernels.backends.select import Call, choose
+
+GPU = torch.device("cuda", 0)
+
+
+def call(
+    op: str = "rotate_append", device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16, D: int = 64
+) -> Call:
+    return Call(op, device, dtype, {"D": D})
+
+
+@pytest.fixture
+def ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ext, "unavailable", lambda device=-1: None)
+
+
+def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda.reason(call()) is None
+    for other, words in [
+        (call(op="span_attention"), "no CUDA kernel for span_attention yet"),
+        (call(dtype=torch.float64), "not float64"),
+        (call(device=torch.device("cpu")), "the tensors are on cpu"),
+        (call(D=12), "a multiple of 8, at most 256, not 12"),
+        (call(D=264), "not 264"),
+    ]:
+        why = cuda.reason(other)
+        assert why is not None and words in why and "\n" not in why
+        with pytest.raises(NotImplementedError, match="cannot run this call"):
+            choose(other, "cuda")
+    monkeypatch.setattr(_ext, "unavailable", lambda device=-1: "no NVIDIA driver is installed")
+    assert cuda.reason(call()) == "no NVIDIA driver is installed"
+
+
+def test_the_choice_is_a_constant_to_torch_compile() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        return x + 1, cuda.reason(Call("rotate_append", GPU, x.dtype, {"D": x.shape[-1]}))
+
+    x = torch.zeros(2, 64)
+    _, why = chosen(x)
+    assert why == cuda.reason(Call("rotate_append", GPU, x.dtype, {"D": 64}))
+
+
+def test_errors_carry_the_code_of_cuda() -> None:
+    error = _ext.CudaError("rotate_append: CUDA error 700 at or before this launch", 700)
+    assert isinstance(error, RuntimeError) and error.code == 700 and "700" in str(error)
+
+
+def test_loading_says_why_it_cannot() -> None:
+    if _ext._find()[0] is not None:
+        pytest.skip("the extension is here")
+    with pytest.raises(NotImplementedError, match="CUDA extension"):
+        _ext.load()
+    assert _ext.cuda_status() == f"CUDA kernels not available: {_ext.unavailable()}"
