@@ -105,7 +105,8 @@ def _dkdv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
-    choice = tiles.tile("dkdv", _capability(q.device), D, q.element_size())
+    plain = N <= 2 and spans.code == 0 and not softcap
+    choice = tiles.tile("dkdv", _capability(q.device), D, q.element_size(), plain)
     key_tiles = triton.cdiv(S, choice.block_s)
     parts = min(H // HK, max(1, triton.cdiv(ENOUGH_PROGRAMS, key_tiles * HK * B)))
     heads = triton.cdiv(H // HK, parts)
