@@ -40,6 +40,8 @@ def reason(call: Any) -> str | None:
         return "the tensors are on cpu; Triton kernels need a GPU (or TRITON_INTERPRET=1 for tests)"
     if call.device.type == "cpu" and call.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly"
+    if call.op == "span_attention" and call.dtype == torch.float32 and "backward" in call.features:
+        return "fp32 gradients would be less accurate than plain PyTorch's (2.7 times its error, measured on an H200)"
     if "classes" in call.features:
         return "the Triton kernels have no class table yet"
     if "scale" in call.features:

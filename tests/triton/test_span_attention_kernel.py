@@ -40,14 +40,17 @@ SMALL = supported(replace(case, B=min(case.B, 2), H=2 * case.HK if case.HK < 3 e
     Case(1, 2, 1, 70, 150, 16, "random"),
     Case(1, 3, 1, 130, 130, 32, "wait_k"),
 )
-HALF = tuple(replace(case, dtype=torch.float16) for case in SMALL)
+GRADIENTS = tuple(case for case in supported(GPU_CASES) if case.dtype != torch.float32)
+FP32 = tuple(case for case in supported(GPU_CASES) if case.dtype == torch.float32)
+if not GPU:
+    GRADIENTS, FP32 = tuple(replace(case, dtype=torch.float16) for case in SMALL), SMALL
 
 
 def both(*args, **kwargs) -> tuple[Tensor, Tensor]:
     return span_attention(*args, return_lse=True, **kwargs)
 
 
-@pytest.mark.parametrize("case", supported(GPU_CASES) if GPU else HALF, ids=str)
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
 def test_accurate(case):
     x = make_inputs(case, DEVICE)
     ours = forward_and_backward(both, x, backend="triton")
@@ -56,10 +59,8 @@ def test_accurate(case):
     assert_all_accurate(x, ours, plain, exact)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", FP32, ids=str)
 def test_forward_in_fp32(case):
-    """The interpreter multiplies q k^T and k q^T by different BLAS orders, which fp32 gradients show; the GPU does
-    not."""
     x = make_inputs(case, DEVICE)
     arguments = {"scale": x.scale, "softcap": x.softcap, "sink_logits": x.sink_logits}
     wide = x.to(FP64)
@@ -87,13 +88,13 @@ def test_the_gap_of_a_wait_k_mask_is_not_walked():
 
 
 def test_overlapping_slots_count_twice():
-    x = make_inputs(Case(1, 2, 1, 70, 70, 16, "causal"), DEVICE)
+    x = make_inputs(Case(1, 2, 1, 70, 70, 16, "causal", torch.float16), DEVICE)
     twice = torch.tensor([[0, 70], [3, 66]], dtype=torch.int32, device=DEVICE).expand(1, 70, 2, 2)
     x = replace(x, spans=Spans(twice))
     ours = forward_and_backward(both, x, backend="triton")
     reference = forward_and_backward(both, x.to(FP64), backend="reference")
     for name, a, b in zip(NAMES, ours, reference, strict=False):
-        assert (a - b).abs().max() < 1e-4, name
+        assert (a - b).abs().max() < 1e-2, name
 
 
 def every_rule(T: int, S: int) -> Spans:
@@ -115,7 +116,7 @@ def test_every_rule_at_once():
 
 def test_keys_that_nobody_sees_may_be_nan():
     """Holes inside, before and after what a tile of rows sees; and unused values under MASS."""
-    case = Case(1, 2, 1, 66, 200, 16, "causal")
+    case = Case(1, 2, 1, 66, 200, 16, "causal", torch.float16)
     x = make_inputs(case, DEVICE)
     bounds = torch.zeros(1, 66, 2, 2, dtype=torch.int32)
     bounds[:, :, 0] = torch.tensor([7, 40])
@@ -138,6 +139,12 @@ def test_influence_is_what_the_spans_declare():
     x = make_inputs(Case(1, 1, 1, 21, 21, 8, "wait_k"), DEVICE)
     flows = influence(lambda v: span_attention(x.q, x.k, v, x.spans, backend="triton"), x.v)
     assert torch.equal(flows[0].cpu(), x.spans.visible(21)[0, 0].cpu())
+
+
+def test_fp32_gradients_are_refused_with_the_reason():
+    x = make_inputs(Case(1, 2, 1, 9, 9, 8, "causal"), DEVICE)
+    with pytest.raises(NotImplementedError, match="fp32 gradients would be less accurate"):
+        forward_and_backward(both, x, backend="triton")
 
 
 @pytest.mark.skipif(not GPU, reason="the interpreter is sequential")

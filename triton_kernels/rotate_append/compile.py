@@ -35,7 +35,7 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
     for D, rotary_dim, dtype, feature in CASES:
         constexprs = {
             **DEFAULTS,
-            **meta(D, rotary_dim, tiles.tile(capability, D * (4 if dtype == "fp32" else 2))),
+            **meta(D, rotary_dim, tiles.tile(D * (4 if dtype == "fp32" else 2))),
             **feature,
         }
         options = {"num_warps": constexprs.pop("num_warps")}

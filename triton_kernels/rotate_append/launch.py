@@ -47,7 +47,7 @@ def rotate_append(
     if B * HK * T == 0:
         return
     rotary_dim = 0 if cos is None else 2 * cos.shape[-1]
-    choice = tiles.tile(_architecture(k.device), D * k.element_size())
+    choice = tiles.tile(D * k.element_size())
     if cos is None or sin is None:
         cos = sin = k
         angle_strides = (0, 0, 0, 0)
@@ -78,10 +78,3 @@ def _count_chunks(role: torch.Tensor, count: int) -> torch.Tensor:
     counts = torch.empty((B, chunks, 2), dtype=torch.int32, device=role.device)
     count_chunks_kernel[(chunks, B)](role, counts, T, chunks, *role.stride(), COUNT=count, num_warps=4)
     return counts
-
-
-def _architecture(device: torch.device) -> int:
-    if device.type != "cuda":
-        return tiles.ARCHITECTURES[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -1,0 +1,7 @@
+"""`python -m streamkernels` is `streamkernels`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
