@@ -11,6 +11,8 @@ TRITON := 3.7.1
 TRITON_OLD := 3.6.0
 TRANSFORMERS := 5.17.0
 TRANSFORMERS_OTHERS := 5.4.0 5.23.0
+# what an older transformers needs older than the newest has it
+BESIDE_5.4.0 := tokenizers==0.22.2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
@@ -114,7 +116,7 @@ $(VENV)/lint: $(VENV)/base
 $(VENV)/transformers-%/installed: $(VENV)/base
 	$(call say,$(VENV): transformers $* beside it)
 	@rm -rf $(@D)
-	@$(PIP) --no-deps --target $(@D) "transformers==$*"
+	@$(PIP) --no-deps --target $(@D) "transformers==$*" $(BESIDE_$*)
 	@touch $@
 
 $(VENV)/triton-%/installed: $(VENV)/base
