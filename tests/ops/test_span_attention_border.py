@@ -269,7 +269,7 @@ REFUSED = [
     (
         {"prepared": prepare(BOUNDS, 70)},
         ValueError,
-        r"prepared\[1\]: expected shape \[B, SB, 4\] with B=2, N=2, SB=1",
+        r"prepared\[1\]: expected shape \[B, SB, 4\] with B=2, SB=1",
     ),
     ({"backend": "fast"}, ValueError, "backend: expected one of auto, cuda, triton, reference, got 'fast'"),
     ({"backend": "cuda"}, NotImplementedError, "backend='cuda' cannot run this call: "),
