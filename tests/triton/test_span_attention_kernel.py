@@ -39,6 +39,7 @@ def supported(cases):
 SMALL = supported(replace(case, B=min(case.B, 2), H=2 * case.HK if case.HK < 3 else case.HK) for case in CPU_CASES) + (
     Case(1, 2, 1, 70, 150, 16, "random"),
     Case(1, 3, 1, 130, 130, 32, "wait_k"),
+    Case(1, 1, 1, 600, 600, 16, "wait_k"),  # two runs of rows with a gap between them
 )
 GRADIENTS = tuple(case for case in supported(GPU_CASES) if case.dtype != torch.float32)
 FP32 = tuple(case for case in supported(GPU_CASES) if case.dtype == torch.float32)
