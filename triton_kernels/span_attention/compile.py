@@ -44,7 +44,7 @@ def local_allowed(name: str) -> int:
     any for fp32, whose multiply-add products keep whole operands in registers, and for the rarer rules."""
     if "fp32" in name or any(name.endswith(feature) for feature in FEATURES):
         return 1 << 16
-    return 640 if "D=256" in name else 32
+    return 640 if "D=256" in name else 96
 
 
 def _kernels(name: str, capability: int, D: int, dtype: str, feature: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
