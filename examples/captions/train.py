@@ -1,7 +1,7 @@
 """Trains the caption model under wait-k streaming spans, with this library's attention.
 
     python examples/captions/train.py --minutes 8.5 --out runs/captions     # one GPU
-    python examples/captions/train.py --steps 20 --tokens 800 --out /tmp/captions    # a CPU, to see that it runs
+    python examples/captions/train.py --steps 20 --tokens 800 --out captions-run    # a CPU run
 
 A Qwen2 model of 3.6 M parameters over bytes. Every batch is new; each sample in it is seen at a wait of its own, from
 k = 1 to everything read first (`batches.WAITS`), so that one model serves every latency. All that differs from ordinary

@@ -91,7 +91,8 @@ def warmup(
     head_dims: Sequence[int] = (64, 128),
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
 ) -> int:
-    """Compile and load every kernel ahead of the first call, so that no request pays for it.
+    """Compile and load the kernels of a streaming step (`rotate_append`) ahead of the first call, so that no request
+    pays for it. The training kernels (`span_attention`, `prepare`) compile when they are first called.
 
     `head_dims` and `dtypes` are those that the models in use have. Runs each kernel once on scratch tensors of `device`
     (a few MB, freed on return), Triton and CUDA alike. Returns the number of variants that ran.
