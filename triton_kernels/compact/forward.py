@@ -15,10 +15,13 @@ def compact_kernel(
     count,  # int32 [B]
     out,  # [B, P, K, Q]
     P, S, K, Q, x_b, x_p, x_s, index_b, index_k, count_b,
-    STEP: tl.constexpr,  # what all strides of x and Q are multiples of
+    # what Q and the strides of x count: they are not specialised, since some grow with the length, and this is what a
+    # load may know of them
+    STEP: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
+    Q = Q * STEP
     chunks = tl.cdiv(Q, BLOCK_Q)
     p = (tl.program_id(0) % P).to(tl.int64)
     tile = tl.program_id(0) // P
@@ -27,13 +30,8 @@ def compact_kernel(
     listed = i < tl.minimum(tl.load(count + b * count_b), K)
     j = tl.load(index + b * index_b + i.to(tl.int64) * index_k, mask=listed, other=-1)
     listed = (j >= 0) & (j < S)
-    # the strides are not specialised, since some grow with the length; this is what a load may know of them
-    x_b = tl.multiple_of(x_b, STEP)
-    x_p = tl.multiple_of(x_p, STEP)
-    x_s = tl.multiple_of(x_s, STEP)
-    Q = tl.multiple_of(Q, STEP)
     inside = c < Q
-    at = x + b * x_b + p * x_p + tl.where(listed, j, 0).to(tl.int64)[:, None] * x_s + c
+    at = x + b * x_b * STEP + p * x_p * STEP + tl.where(listed, j, 0).to(tl.int64)[:, None] * x_s * STEP + c
     row = tl.load(at, mask=listed[:, None] & inside, other=0)
     to = out + ((b * P + p) * K + i.to(tl.int64))[:, None] * Q + c
     tl.store(to, row, mask=(i < K)[:, None] & inside)

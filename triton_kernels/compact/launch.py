@@ -34,13 +34,14 @@ def compact(x: Tensor, index: Tensor, count: Tensor, dim: int) -> Tensor:
     rows = x.reshape(B, P, S, Q)
     if Q > 1 and rows.stride(3) != 1:
         rows = rows.contiguous()
-    x_b, x_p, x_s = (rows.stride(i) if rows.shape[i] > 1 else 0 for i in range(3))
+    strides = [rows.stride(i) if rows.shape[i] > 1 else 0 for i in range(3)]
+    step = math.gcd(*strides, Q, 16)
     block_k, block_q = tile(Q)
     number = INTEGERS[x.element_size()]
     with torch.cuda.device_of(x):
         compact_kernel[(triton.cdiv(K, block_k) * triton.cdiv(Q, block_q) * P, B)](
-            rows.view(number), index, count, out.view(number), P, S, K, Q, x_b, x_p, x_s,
-            *index.stride(), count.stride(0),
-            STEP=math.gcd(x_b, x_p, x_s, Q, 16), BLOCK_K=block_k, BLOCK_Q=block_q, num_warps=WARPS,
+            rows.view(number), index, count, out.view(number), P, S, K, Q // step,
+            *(stride // step for stride in strides), *index.stride(), count.stride(0),
+            STEP=step, BLOCK_K=block_k, BLOCK_Q=block_q, num_warps=WARPS,
         )  # fmt: skip
     return out

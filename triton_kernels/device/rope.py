@@ -25,10 +25,10 @@ def rotate_interleaved(x, cos, sin, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.conste
 @triton.jit
 def load_angles(table, b, row, stride_b, stride_t, inside, STEP: tl.constexpr, ROTARY: tl.constexpr,
                 BLOCK_HALF: tl.constexpr):  # fmt: skip
-    """fp32 [BLOCK_T, BLOCK_HALF] of cos or sin [B or 1, T, ROTARY / 2], strides multiples of STEP; `row` [BLOCK_T]."""
+    """fp32 [BLOCK_T, BLOCK_HALF] of cos or sin [B or 1, T, ROTARY / 2]; `row` [BLOCK_T]. Strides count STEP elements: they
+    are not specialised, since one of them grows with the length, and this is what a load may know of them."""
     half = tl.arange(0, BLOCK_HALF)[None, :]
-    # the strides are not specialised, since one of them grows with the length; this is what a load may know of them
-    at = table + b * tl.multiple_of(stride_b, STEP) + row.to(tl.int64)[:, None] * tl.multiple_of(stride_t, STEP) + half
+    at = table + b * stride_b * STEP + row.to(tl.int64)[:, None] * stride_t * STEP + half
     return tl.load(at, mask=inside[:, None] & (half < ROTARY // 2), other=0.0).to(tl.float32)
 
 

@@ -15,7 +15,8 @@ def reanchor_kernel(
     cos, sin,  # [B or 1, S or 1, ROTARY / 2]
     S, HK,
     x_b, x_h, x_s, cos_b, cos_t, sin_b, sin_t,
-    STEP: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,  # what the strides of cos and sin count
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)

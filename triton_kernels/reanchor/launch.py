@@ -28,10 +28,11 @@ def reanchor(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
         return
     sizes = meta(2 * cos.shape[2], x.element_size())
     angles = *_strides(cos, 0, 1), *_strides(sin, 0, 1)
+    step = math.gcd(*angles, cos.shape[2], 16)
     with torch.cuda.device_of(x):
         reanchor_kernel[(triton.cdiv(S, sizes["BLOCK_S"]) * HK, B)](
-            x, cos, sin, S, HK, *_strides(x, 0, 1, 2), *angles,
-            STEP=math.gcd(*angles, cos.shape[2], 16), INTERLEAVED=interleaved, **sizes, num_warps=WARPS,
+            x, cos, sin, S, HK, *_strides(x, 0, 1, 2), *(stride // step for stride in angles),
+            STEP=step, INTERLEAVED=interleaved, **sizes, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ def rotate_kernel(
     cos, sin,  # [B or 1, T, ROTARY / 2]
     T, H,
     x_b, x_h, x_t, out_b, out_h, out_t, cos_b, cos_t, sin_b, sin_t,
-    STEP: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,  # what the strides of cos and sin count
+    D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)

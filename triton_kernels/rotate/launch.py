@@ -35,10 +35,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         return out
     sizes = meta(D, 2 * cos.shape[2], x.element_size())
     angles = *_strides(cos, 0, 1), *_strides(sin, 0, 1)
+    step = math.gcd(*angles, cos.shape[2], 16)
     with torch.cuda.device_of(x):
         rotate_kernel[(triton.cdiv(T, sizes["BLOCK_T"]) * H, B)](
-            x, out, cos, sin, T, H, *_strides(x, 0, 1, 2), *_strides(out, 0, 1, 2), *angles,
-            STEP=math.gcd(*angles, cos.shape[2], 16), INTERLEAVED=interleaved, **sizes, num_warps=WARPS,
+            x, out, cos, sin, T, H, *_strides(x, 0, 1, 2), *_strides(out, 0, 1, 2), *(stride // step for stride in angles),
+            STEP=step, INTERLEAVED=interleaved, **sizes, num_warps=WARPS,
         )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ from .forward import token_scores_kernel
 
 def meta(HK: int, R: int, D: int, softcap: bool, element_size: int) -> dict[str, Any]:
     """The kernel's sizes as constants."""
-    choice = tiles.tile(HK, D, element_size)
+    choice = tiles.tile(HK, R, D, element_size)
     return {
         "HK": HK, "R": R, "D": D, "SOFTCAP": softcap,
         "HEADS": choice.heads, "BLOCK_K": choice.block_k, "BLOCK_D": tiles.block_d(D), "STAGES": choice.num_stages,
