@@ -25,8 +25,8 @@ def rotate_interleaved(x, cos, sin, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.conste
 @triton.jit
 def load_angles(table, b, row, stride_b, stride_t, inside, STEP: tl.constexpr, ROTARY: tl.constexpr,
                 BLOCK_HALF: tl.constexpr):  # fmt: skip
-    """fp32 [BLOCK_T, BLOCK_HALF] of cos or sin [B or 1, T, ROTARY / 2]; `row` [BLOCK_T]. Strides count STEP elements: they
-    are not specialised, since one of them grows with the length, and this is what a load may know of them."""
+    """fp32 [BLOCK_T, BLOCK_HALF] of cos or sin [B or 1, T, ROTARY / 2]; `row` [BLOCK_T]. Strides count STEP elements:
+    they are not specialised, since one of them grows with the length, and this is what a load may know of them."""
     half = tl.arange(0, BLOCK_HALF)[None, :]
     at = table + b * stride_b * STEP + row.to(tl.int64)[:, None] * stride_t * STEP + half
     return tl.load(at, mask=inside[:, None] & (half < ROTARY // 2), other=0.0).to(tl.float32)

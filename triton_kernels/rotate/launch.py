@@ -38,8 +38,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     step = math.gcd(*angles, cos.shape[2], 16)
     with torch.cuda.device_of(x):
         rotate_kernel[(triton.cdiv(T, sizes["BLOCK_T"]) * H, B)](
-            x, out, cos, sin, T, H, *_strides(x, 0, 1, 2), *_strides(out, 0, 1, 2), *(stride // step for stride in angles),
-            STEP=step, INTERLEAVED=interleaved, **sizes, num_warps=WARPS,
+            x, out, cos, sin, T, H, *_strides(x, 0, 1, 2), *_strides(out, 0, 1, 2),
+            *(stride // step for stride in angles), STEP=step, INTERLEAVED=interleaved, **sizes, num_warps=WARPS,
         )  # fmt: skip
     return out
 

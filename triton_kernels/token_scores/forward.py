@@ -37,8 +37,8 @@ def capped(s, inner, outer, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def load_heads(x, head, stride, real, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """fp32 [HEADS, BLOCK_K, BLOCK_D]: heads `head` of the query row x [H, D], the same for every key: in the layout of the
-    keys, which costs fewer instructions than moving it there. Zeros where not `real` and beyond D."""
+    """fp32 [HEADS, BLOCK_K, BLOCK_D]: heads `head` of the query row x [H, D], the same for every key: in the layout of
+    the keys, which costs fewer instructions than moving it there. Zeros where not `real` and beyond D."""
     d = tl.arange(0, BLOCK_D)[None, None, :]
     at = x + head.to(tl.int64)[:, None, None] * stride + tl.zeros([1, BLOCK_K, 1], tl.int32) + d
     return tl.load(at, mask=real[:, None, None] & (d < D), other=0.0).to(tl.float32)
@@ -46,7 +46,7 @@ def load_heads(x, head, stride, real, D: tl.constexpr, BLOCK_K: tl.constexpr, BL
 
 @triton.jit
 def load_rows(x, h, real, stride_h, rows, listed, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """fp32 [HEADS, BLOCK_K, BLOCK_D] of k or v of one sample, zeros for what is not listed; `rows` [BLOCK_K] offsets."""
+    """fp32 [HEADS, BLOCK_K, BLOCK_D] of k or v of one sample, zeros where not `listed`; `rows` [BLOCK_K] offsets."""
     d = tl.arange(0, BLOCK_D)[None, None, :]
     at = x + h.to(tl.int64)[:, None, None] * stride_h + rows[None, :, None] + d
     return tl.load(at, mask=real[:, None, None] & listed[None, :, None] & (d < D), other=0.0).to(tl.float32)

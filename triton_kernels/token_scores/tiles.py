@@ -1,7 +1,7 @@
 """Tiles of token_scores as data, keyed by padded head dim and element size: a length is never a key.
 
-One table serves all architectures: the kernel only reads. A warp owns its keys and walks the key heads HEADS at a time, so
-that nothing crosses warps.
+One table serves all architectures: the kernel only reads. A warp owns its keys and walks the key heads HEADS at a time,
+so that nothing crosses warps.
 """
 
 from dataclasses import dataclass
