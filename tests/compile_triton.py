@@ -45,7 +45,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 # run-time numbers that are not multiples of 16: everything else a launch passes is (strides, pointers)
 UNALIGNED = {"T", "S", "H", "HK", "K", "TB", "SB", "heads", "chunks", "sinks", "source_capacity", "target_capacity"}
-UNALIGNED |= {"inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
+UNALIGNED |= {"size", "parts", "inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
 
 
 def build(
