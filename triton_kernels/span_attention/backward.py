@@ -339,3 +339,25 @@ def dkdv_kernel(
     mask = (j < S)[:, None] & (d < D)[None, :]
     tl.store(dk + to, (dk_acc * scale).to(dk.dtype.element_ty), mask=mask)
     tl.store(dv + to, dv_acc.to(dv.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def join_parts_kernel(
+    dk_parts, dv_parts,  # fp32 [parts, size]
+    dk, dv,  # [size]
+    size, parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dk and dv from their partial sums, part by part in a fixed order; grid (blocks, 2): dk, dv."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    if tl.program_id(1) == 0:
+        source = dk_parts
+        target = dk
+    else:
+        source = dv_parts
+        target = dv
+    acc = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        acc += tl.load(source + part * size.to(tl.int64) + i, mask=inside, other=0.0)
+    tl.store(target + i, acc.to(target.dtype.element_ty), mask=inside)

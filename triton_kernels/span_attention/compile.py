@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import tiles
-from .backward import dkdv_kernel, dq_kernel, row_statistics_kernel
+from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
 from .forward import span_attention_kernel
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
@@ -30,6 +30,10 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
         yield from _kernels(f"D={D} bf16", capability, D, "bf16", {})
     if capability != 90:
         return
+    arguments = {"dk_parts": "*fp32", "dv_parts": "*fp32", "dk": "*bf16", "dv": "*bf16", "BLOCK": "constexpr"}
+    signature = {name: arguments.get(name, "i32") for name in join_parts_kernel.arg_names}
+    yield "join parts", join_parts_kernel, signature, {"BLOCK": 1024}, {"num_warps": 4}
+    yield from _kernels("few rows", capability, 128, "bf16", {}, few=True)
     # fp32, fp16 and the features once: what they change is the same code everywhere
     for D in (64, 128, 256):
         yield from _kernels(f"D={D} fp32", capability, D, "fp32", {})
@@ -47,7 +51,9 @@ def local_allowed(name: str) -> int:
     return 640 if "D=256" in name else 96
 
 
-def _kernels(name: str, capability: int, D: int, dtype: str, feature: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+def _kernels(
+    name: str, capability: int, D: int, dtype: str, feature: dict[str, Any], few: bool = False
+) -> Iterator[tuple[Any, ...]]:
     size = 4 if dtype == "fp32" else 2
     kernels = {
         "forward": span_attention_kernel,
@@ -57,7 +63,9 @@ def _kernels(name: str, capability: int, D: int, dtype: str, feature: dict[str, 
     }
     for room, kernel in kernels.items():
         plain = not {"N", "RULES", "SOFTCAP"} & set(feature) or feature == {"N": 1}
-        choice = tiles.tile(room, capability, D, size, plain) if room in tiles.KERNELS else tiles.Tile(32, 32, 4, 2)
+        choice = tiles.Tile(32, 32, 4, 2)
+        if room in tiles.KERNELS:
+            choice = tiles.tile(room, capability, D, size, plain, few)
         values = {
             "N": 2, "RULES": 0, "HAS_KEPT": False, "D": D, "SOFTCAP": False, "SINK_LOGITS": False,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
