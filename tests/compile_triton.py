@@ -51,7 +51,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 # run-time numbers that are not multiples of 16: everything else a launch passes is (strides, pointers)
 UNALIGNED = {"T", "S", "H", "HK", "K", "TB", "SB", "heads", "chunks", "sinks", "source_capacity", "target_capacity"}
-UNALIGNED |= {"P", "Q", "limit", "width", "threshold", "x_p", "scores_b", "scores_k"}
+UNALIGNED |= {"RC", "KC", "mass_n", "P", "Q", "limit", "width", "threshold", "x_p", "scores_b", "scores_k"}
 UNALIGNED |= {"cos_b", "cos_t", "sin_b", "sin_t", "index_b", "index_k", "count_b", "lse_b", "lse_h"}
 UNALIGNED |= {"size", "parts", "inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
 

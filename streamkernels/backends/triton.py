@@ -48,8 +48,6 @@ def reason(call: Any) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly"
     if call.op == "span_attention" and call.dtype == torch.float32 and "backward" in call.features:
         return "fp32 gradients would be less accurate than plain PyTorch's (2.7 times its error, measured on an H200)"
-    if "classes" in call.features:
-        return "the Triton kernels have no class table yet"
     if "scale" in call.features:
         return "the Triton kernels need a scale > 0"
     if call.device.type not in ("cpu", "cuda"):
@@ -73,12 +71,12 @@ def prepare(*arguments: Any) -> Any:
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Any:
-    """`reference.span_attention` with the op's raw arguments, but for the class table."""
+    """`reference.span_attention` with the op's raw arguments."""
     return _launch("span_attention", "span_attention")(q, k, v, *_prepared(options, k.shape[2]))
 
 
 def span_attention_backward(*arguments: Any) -> Any:
-    """`reference.span_attention_backward` with the op's raw arguments, but for the class table."""
+    """`reference.span_attention_backward` with the op's raw arguments."""
     tensors, options = arguments[:7], arguments[7:]
     return _launch("span_attention", "span_attention_backward")(*tensors, *_prepared(options, tensors[3].shape[2]))
 
@@ -109,11 +107,11 @@ def reanchor(*arguments: Any) -> None:
 
 
 def _prepared(options: tuple[Any, ...], S: int) -> tuple[Any, ...]:
-    """The op's options without the class table, and with what `prepare` makes of the bounds if the caller did not."""
-    bounds, rules, sink_key, kept, kept_count, *_classes, sink_logits, row_blocks, key_blocks, scale, softcap = options
+    """The op's options with what `prepare` makes of the bounds if the caller did not."""
+    *given, row_blocks, key_blocks, scale, softcap = options
     if row_blocks is None:
-        row_blocks, key_blocks = prepare(bounds, S)
-    return bounds, rules, sink_key, kept, kept_count, sink_logits, row_blocks, key_blocks, scale, softcap
+        row_blocks, key_blocks = prepare(given[0], S)
+    return *given, row_blocks, key_blocks, scale, softcap
 
 
 def warmup(

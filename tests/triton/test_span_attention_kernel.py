@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamkernels import Spans, prepare, span_attention, spans
-from streamkernels.core.spans import ATTEND, KEPT, MASS, SINK
+from streamkernels.core.spans import ATTEND, KEPT, MASS, SINK, SKIP
 from streamkernels.testing.cases import CPU_CASES, GPU_CASES, Case
 from streamkernels.testing.compare import assert_accurate, influence
 from streamkernels.testing.dense import dense_attention
@@ -30,10 +30,9 @@ FP64 = torch.float64
 
 
 def supported(cases):
-    """Without class tables; and with one key the gradients of q and k are exactly 0, and what is left of them is the
-    rounding of two
-    sums taken in different orders."""
-    return tuple(case for case in cases if case.mask != "classes" and case.S > 1)
+    """With one key the gradients of q and k are exactly 0, and what is left of them is the rounding of two sums taken in
+    different orders."""
+    return tuple(case for case in cases if case.S > 1)
 
 
 SMALL = supported(replace(case, B=min(case.B, 2), H=2 * case.HK if case.HK < 3 else case.HK) for case in CPU_CASES) + (
@@ -113,6 +112,57 @@ def test_every_rule_at_once():
     plain = forward_and_backward(dense_attention, x)
     exact = forward_and_backward(dense_attention, x.to(FP64))
     assert_all_accurate(x, ours, plain, exact)
+
+
+def every_class_rule(T: int, S: int, classes: int, rules: tuple[int, ...], class_sink: bool = True) -> Spans:
+    """Random classes, some outside the table, over slots of the given rules, for two samples."""
+    random = torch.Generator().manual_seed(classes)
+    bounds = random_spans(2, T, S, len(rules), random).bounds
+    kept, count = random_kept(2, 1, S, S // 2, random) if KEPT in rules else (None, None)
+    sink_key = torch.tensor([[5] * len(rules), [2 * S] * len(rules)], dtype=torch.int32) if SINK in rules else None
+    draw = lambda low, high, *shape: torch.randint(low, high, shape, generator=random)  # noqa: E731
+    key_class, row_class = (draw(-1, classes + 2, 2, n).to(torch.int8) for n in (S, T))
+    key_class[0, ::7], row_class[1, ::5] = -128, 127
+    table = draw(-1, 3, classes, classes).to(torch.int8)
+    sink = torch.tensor([S - 3, -1], dtype=torch.int32) if class_sink else None
+    return Spans(bounds, rules, sink_key, kept, count, key_class, row_class, table, sink).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "classes, rules, class_sink, softcap",
+    [
+        (3, (ATTEND, KEPT, MASS, SINK), True, 5.0),
+        (16, (ATTEND, SINK), True, 0.0),
+        (20, (KEPT, MASS), True, 0.0),
+        (4, (ATTEND,), False, 0.0),
+    ],
+)
+def test_classes_beside_every_rule(classes, rules, class_sink, softcap):
+    case = Case(2, 2, 1, 35, 70, 16, "causal", torch.float16, sink_logits=True, softcap=softcap)
+    x = replace(make_inputs(case, DEVICE), spans=every_class_rule(35, 70, classes, rules, class_sink))
+    ours = forward_and_backward(both, x, backend="triton")
+    plain = forward_and_backward(dense_attention, x)
+    exact = forward_and_backward(dense_attention, x.to(FP64))
+    assert_all_accurate(x, ours, plain, exact)
+
+
+@pytest.mark.parametrize("classes, softcap", [(3, 0.0), (20, 5.0)])
+def test_what_classes_hide_or_drop_may_be_nan(classes, softcap):
+    case = Case(2, 1, 1, 35, 70, 16, "causal", torch.float16, softcap=softcap)
+    sp = every_class_rule(35, 70, classes, (ATTEND, MASS))
+    # three kinds of keys: attended to or not seen, dropped or not seen, never seen
+    sp.class_rules.copy_(torch.tensor([ATTEND, MASS, SKIP] + [SKIP] * (classes - 3)).expand(classes, classes))
+    sp.class_rules[0, :2] = SKIP
+    x = replace(make_inputs(case, DEVICE), spans=sp)
+    seen = sp.visible(70).any(2)[:, 0]
+    own = sp.value_weight(70).any(2)[:, 0]
+    assert bool((seen & ~own).any()) and bool((~seen).any())
+    k, v = (torch.where(keep[:, None, :, None], t, float("nan")) for keep, t in ((seen, x.k), (own, x.v)))
+    k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
+    before = forward_and_backward(both, x, backend="triton")
+    after = forward_and_backward(both, replace(x, k=k, v=v), backend="triton")
+    for name, a, b in zip(NAMES, before, after, strict=False):
+        assert torch.equal(a, b), name
 
 
 def test_keys_that_nobody_sees_may_be_nan():

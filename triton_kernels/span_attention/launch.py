@@ -19,6 +19,8 @@ LOG2E = 1.4426950408889634
 # key tiles x heads that keep a GPU busy; below, the query heads of a key head are split over programs and summed
 # afterwards
 ENOUGH_PROGRAMS = 1000
+# classes whose rules fit into 32 bits
+PACKED = 16
 
 
 # by the signature of a call
@@ -29,6 +31,7 @@ BACKWARD: dict[Any, _Backward] = {}
 def span_attention(
     q: Tensor, k: Tensor, v: Tensor,
     bounds: Tensor, rules: Sequence[int], sink_key: Tensor | None, kept: Tensor | None, kept_count: Tensor | None,
+    key_class: Tensor | None, row_class: Tensor | None, class_rules: Tensor | None, class_sink: Tensor | None,
     sink_logits: Tensor | None, row_blocks: Tensor, key_blocks: Tensor, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [B, H, T, D] stored [B, T, H, D], lse fp32 [B, H, T]; the op's raw arguments, already checked."""
@@ -38,7 +41,7 @@ def span_attention(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if o.numel() == 0 or S == 0:
         return o.zero_(), lse.fill_(-math.inf)
-    lists = (sink_key, kept, kept_count)
+    lists = (sink_key, kept, kept_count, key_class, row_class, class_rules, class_sink)
     tensors = (q, k, v, bounds, row_blocks, *lists, sink_logits)
     key = (q.device, tuple(rules), softcap != 0.0, *signature(*tensors))
     spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
@@ -48,7 +51,7 @@ def span_attention(
         plan.launch(
             plan.q.over(q), plan.k.over(k), plan.v.over(v), k, v,
             o, lse, spans.bounds, spans.row_blocks, *spans.lists, lse if sink_logits is None else sink_logits,
-            *_factors(scale, softcap, q.dtype), T, S, H, HK, row_blocks.shape[1], spans.K,
+            *_factors(scale, softcap, q.dtype), T, S, H, HK, row_blocks.shape[1], spans.K, *spans.table,
             *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
         )  # fmt: skip
     return o, lse
@@ -61,19 +64,20 @@ class _Forward:
         B, H, T, D = q.shape
         capability = _capability(q.device)
         few = tiles.few_rows(B * H * T) and spans.plain(softcap)
-        choice = tiles.tile("forward", capability, D, q.element_size(), few=few)
+        choice = tiles.tile("forward", capability, D, q.element_size(), few=few, classes=spans.has_classes)
         columns = tiles.block_d(D)
         self.q = Box(q, choice.block_t, columns)
         self.k, self.v = Box(k, choice.block_s, columns), Box(v, choice.block_s, columns)
         self.launch = Launch(
             span_attention_kernel, (B * H, triton.cdiv(T, choice.block_t)), SINK_LOGITS=sink_logits,
-            **_meta(choice, D, spans, softcap, q.dtype),
+            **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
         )  # fmt: skip
 
 
 def span_attention_backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     bounds: Tensor, rules: Sequence[int], sink_key: Tensor | None, kept: Tensor | None, kept_count: Tensor | None,
+    key_class: Tensor | None, row_class: Tensor | None, class_rules: Tensor | None, class_sink: Tensor | None,
     sink_logits: Tensor | None, row_blocks: Tensor, key_blocks: Tensor, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv as q, k, v (stored rows first), d sink_logits [H] (empty without)."""
@@ -84,14 +88,14 @@ def span_attention_backward(
     if o.numel() == 0 or k.numel() == 0:
         empty = [k.new_zeros((B, S, HK, D)).transpose(1, 2) for _ in "kv"]
         return dq.zero_(), empty[0], empty[1], dsink
-    lists = (sink_key, kept, kept_count)
+    lists = (sink_key, kept, kept_count, key_class, row_class, class_rules, class_sink)
     tensors = (do, dlse, q, k, v, o, lse, bounds, row_blocks, key_blocks, *lists, sink_logits)
     key = (q.device, tuple(rules), softcap != 0.0, *signature(*tensors))
     spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
     do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
     plan = remembered(BACKWARD, key, lambda: _Backward(q, k, v, do, spans, sink_logits is not None, softcap))
     total, delta, share = torch.empty((3, *lse.shape), dtype=torch.float32, device=q.device)
-    mass = total.new_empty((len(rules), *lse.shape)) if spans.sinks else total
+    mass = total.new_empty((len(rules) + 1, *lse.shape)) if spans.sinks else total
     dk, dv = (torch.empty(plan.shape, dtype=plan.dtype, device=q.device).transpose(2, 3) for _ in "kv")
     factors = (*_factors(scale, softcap, q.dtype), scale)
     with torch.cuda.device_of(q):
@@ -101,14 +105,14 @@ def span_attention_backward(
         )  # fmt: skip
         plan.dq(
             *(box.over(x) for box, x in zip(plan.dq_boxes, (q, k, v, do), strict=True)), k, v, dq, total, delta, mass,
-            spans.bounds, spans.row_blocks, *spans.lists, *factors, T, S, H, HK, row_blocks.shape[1], spans.K,
+            spans.bounds, spans.row_blocks, *spans.lists, *factors, T, S, H, HK, row_blocks.shape[1], spans.K, *spans.table,
             *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3], total.numel(),
         )  # fmt: skip
         plan.dkdv(
             *(box.over(x) for box, x in zip(plan.dkdv_boxes, (q, k, v, do), strict=True)),
             v, dk, dv, total, delta, spans.bounds, spans.row_blocks, spans.key_blocks, spans.lists[0],
-            spans.listed(HK, S), *factors, T, S, H, HK, row_blocks.shape[1], key_blocks.shape[1], plan.heads,
-            *v.stride()[:3], *dk.stride()[:4],
+            spans.listed(HK, S), *spans.lists[3:], *factors, T, S, H, HK, row_blocks.shape[1], key_blocks.shape[1],
+            plan.heads, *spans.table, *v.stride()[:3], *dk.stride()[:4],
         )  # fmt: skip
         if plan.join is None:
             dk, dv = dk[0], dv[0]
@@ -116,8 +120,8 @@ def span_attention_backward(
             parts = (dk, dv)
             dk, dv = (torch.empty((B, S, HK, D), dtype=x.dtype, device=x.device).transpose(1, 2) for x in (k, v))
             plan.join(*parts, dk, dv, dk.numel(), plan.shape[0])
-    for slot in spans.sinks:
-        _add_to_sink(dv, mass[slot], do, spans.sink_key[:, slot])
+    for slot, key in spans.sinks.items():
+        _add_to_sink(dv, mass[slot], do, key)
     if sink_logits is not None:
         dsink = share.sum((0, 2)).to(sink_logits.dtype)
     return dq, dk, dv, dsink
@@ -137,11 +141,12 @@ class _Backward:
             D=D, SINK_LOGITS=sink_logits, PRECISION=_precision(q.dtype), BLOCK_T=32, BLOCK_D=columns, num_warps=4,
         )  # fmt: skip
         plain = spans.plain(softcap)
-        choice = tiles.tile("dq", capability, D, size, few=plain and tiles.few_rows(B * H * T))
+        classes = spans.has_classes
+        choice = tiles.tile("dq", capability, D, size, few=plain and tiles.few_rows(B * H * T), classes=classes)
         self.dq_boxes = self._boxes(choice, columns, q, k, v, do)
-        meta = _meta(choice, D, spans, softcap, q.dtype)
+        meta = _meta(choice, D, spans, softcap, q.dtype, spans.table[1])
         self.dq = Launch(dq_kernel, (B * H, triton.cdiv(T, choice.block_t)), **meta)
-        choice = tiles.tile("dkdv", capability, D, size, plain)
+        choice = tiles.tile("dkdv", capability, D, size, plain, classes=classes)
         key_tiles = triton.cdiv(S, choice.block_s)
         parts = min(H // HK, max(1, triton.cdiv(ENOUGH_PROGRAMS, key_tiles * HK * B)))
         self.heads = triton.cdiv(H // HK, parts)
@@ -149,7 +154,7 @@ class _Backward:
         self.shape = (parts, B, S, HK, D)
         self.dtype = k.dtype if parts == 1 else torch.float32
         self.dkdv_boxes = self._boxes(choice, columns, q, k, v, do)
-        meta = _meta(choice, D, spans, softcap, q.dtype)
+        meta = _meta(choice, D, spans, softcap, q.dtype, spans.table[0])
         self.dkdv = Launch(dkdv_kernel, (key_tiles, HK * parts, B), HAS_KEPT=spans.has_kept, **meta)
         self.join = None
         if parts > 1:
@@ -166,13 +171,12 @@ class _Spans:
 
     def __init__(
         self, bounds: Tensor, rules: Sequence[int], sink_key: Tensor | None, kept: Tensor | None,
-        kept_count: Tensor | None,
-        row_blocks: Tensor, key_blocks: Tensor,
+        kept_count: Tensor | None, key_class: Tensor | None, row_class: Tensor | None, class_rules: Tensor | None,
+        class_sink: Tensor | None, row_blocks: Tensor, key_blocks: Tensor,
     ) -> None:  # fmt: skip
         self.N = bounds.shape[2]
         self.bounds = bounds.contiguous()
         self.code = sum(rule << (2 * slot) for slot, rule in enumerate(rules))
-        self.sinks = [slot for slot, rule in enumerate(rules) if rule == 2]
         self.has_kept = kept is not None and 3 in rules
         self.K = kept.shape[2] if kept is not None else 0
         self.row_blocks = row_blocks.contiguous()
@@ -181,11 +185,19 @@ class _Spans:
         self.sink_key = absent if sink_key is None else sink_key.contiguous()
         self.kept = absent if kept is None else kept.contiguous()
         self.kept_count = absent if kept_count is None else kept_count.contiguous()
-        self.lists = (self.sink_key, self.kept, self.kept_count)
+        self.has_classes, self.class_sink = class_rules is not None, class_sink is not None
+        classes = (absent if x is None else x.contiguous() for x in (key_class, row_class, class_rules, class_sink))
+        self.lists = (self.sink_key, self.kept, self.kept_count, *classes)
+        # row classes and key classes of the table
+        self.table = (1, 1) if class_rules is None else tuple(class_rules.shape)
+        # what lands elsewhere: by the place of its mass, slots first, the sample's key
+        self.sinks = {slot: self.sink_key[:, slot] for slot, rule in enumerate(rules) if rule == 2}
+        if class_sink is not None:
+            self.sinks[self.N] = class_sink
 
     def plain(self, softcap: float) -> bool:
-        """Whether these are the spans of most masks: at most two slots, all ATTEND, and no softcap."""
-        return self.N <= 2 and self.code == 0 and not softcap
+        """Whether these are the spans of most masks: at most two slots, all ATTEND, no classes and no softcap."""
+        return self.N <= 2 and self.code == 0 and not softcap and not self.has_classes
 
     def listed(self, HK: int, S: int) -> Tensor:
         """int8 [B, HK, S]: 1 for the keys of the kept list."""
@@ -214,9 +226,13 @@ def _factors(scale: float, softcap: float, dtype: torch.dtype) -> tuple[float, f
     return (scale / softcap, softcap * unit) if softcap else (1.0, scale * unit)
 
 
-def _meta(choice: tiles.Tile, D: int, spans: _Spans, softcap: float, dtype: torch.dtype) -> dict[str, Any]:
+def _meta(
+    choice: tiles.Tile, D: int, spans: _Spans, softcap: float, dtype: torch.dtype, others: int
+) -> dict[str, Any]:
+    """The kernels' constants; `others`: classes that a row (or a key, for dk and dv) has rules towards."""
     return {
         "N": spans.N, "RULES": spans.code, "D": D, "SOFTCAP": softcap != 0.0, "PRECISION": _precision(dtype),
+        "CLASSES": (1 if others <= PACKED else 2) if spans.has_classes else 0, "CLASS_SINK": spans.class_sink,
         "BLOCK_T": choice.block_t, "BLOCK_S": choice.block_s, "BLOCK_D": tiles.block_d(D),
         "num_warps": choice.num_warps, "num_stages": choice.num_stages,
     }  # fmt: skip

@@ -35,13 +35,17 @@ def few_rows(rows: int) -> bool:
     return rows < 5 * 132 * 128
 
 
-def tile(kernel: str, capability: int, D: int, element_size: int, plain: bool = True, few: bool = False) -> Tile:
+def tile(
+    kernel: str, capability: int, D: int, element_size: int, plain: bool = True, few: bool = False, classes: bool = False
+) -> Tile:
     """The tile of one kernel; every (kernel, kind, padded D, element size) has a row.
 
     `plain`: at most two slots, all ATTEND, no softcap. What the others add to dk and dv needs more warps' registers.
-    `few`: `few_rows` of the call.
+    `few`: `few_rows` of the call. `classes`: under a class table.
     """
     key = (kernel, gpu_kind(capability), block_d(D), element_size)
+    if classes:
+        return WITH_CLASSES.get(key, TABLE[key])
     if not plain:
         return WITH_RULES.get(key, TABLE[key])
     return FEW_ROWS.get(key, TABLE[key]) if few else TABLE[key]
@@ -90,4 +94,17 @@ WITH_RULES = {
 FEW_ROWS = {
     ("forward", "large", 128, 2): Tile(64, 64, 4, 3),
     ("dq", "large", 128, 2): Tile(64, 64, 4, 2),
+}
+
+# not measured: sized to compile without spills beside the masks of every tile
+WITH_CLASSES = {
+    ("forward", "large", 64, 2): Tile(64, 64, 8, 2),
+    ("forward", "large", 128, 2): Tile(64, 64, 8, 2),
+    ("forward", "large", 256, 2): Tile(64, 32, 8, 1),
+    ("dq", "large", 64, 2): Tile(64, 64, 8, 2),
+    ("dq", "large", 128, 2): Tile(64, 64, 8, 2),
+    ("dq", "large", 256, 2): Tile(32, 32, 8, 1),
+    ("dkdv", "large", 64, 2): Tile(32, 64, 8, 2),
+    ("dkdv", "large", 128, 2): Tile(32, 64, 8, 2),
+    ("dkdv", "large", 256, 2): Tile(32, 32, 8, 1),
 }
