@@ -103,8 +103,11 @@ WITH_CLASSES = {
     ("forward", "large", 256, 2): Tile(64, 32, 8, 1),
     ("dq", "large", 64, 2): Tile(64, 64, 8, 2),
     ("dq", "large", 128, 2): Tile(64, 64, 8, 2),
-    ("dq", "large", 256, 2): Tile(32, 32, 8, 1),
+    ("dq", "large", 256, 2): Tile(64, 32, 8, 1),
     ("dkdv", "large", 64, 2): Tile(32, 64, 8, 2),
     ("dkdv", "large", 128, 2): Tile(32, 64, 8, 2),
     ("dkdv", "large", 256, 2): Tile(32, 32, 8, 1),
+    ("forward", "small", 64, 2): Tile(64, 32, 8, 1),
+    ("forward", "small", 128, 2): Tile(32, 32, 8, 1),
+    ("forward", "small", 256, 2): Tile(32, 32, 8, 1),
 }

@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 from ...core.shapes import refuse
 from ...core.spans import ATTEND, SKIP, Spans, bottom_right
 from ...ops.incremental_prefill import incremental_prefill
+from ...ops.prepare import prepare
 from ...ops.span_attention import span_attention
 from .cache import GroupedCache
 
@@ -31,12 +32,12 @@ ROUTE = "streamkernels_route"  # the keyword that carries a Route from the pre-h
 class Route:
     """By what one forward attends; made by the pre-hook and shared by its layers.
 
-    cache: the GroupedCache, or None for the routes over one buffer. visible: the Spans of those routes, built by the
-    first layer on each device.
+    cache: the GroupedCache, or None for the routes over one buffer. visible: the Spans of those routes and what `prepare`
+    makes of them, built by the first layer on each device.
     """
 
     cache: GroupedCache | None = None
-    visible: dict[torch.device, Spans] = field(default_factory=dict)
+    visible: dict[torch.device, tuple[Spans, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 def is_ours(module: Any, is_causal: bool | None = None) -> bool:
@@ -94,28 +95,31 @@ def attention(
         options = {"role": role, "source_limit": source_limit, "scale": scaling}
         o: Any = incremental_prefill(query, key, value, None, None, stream, layer, **options)
     else:
-        visible = _visible(streamkernels_route, query, key, attention_mask, spans)
-        o = span_attention(query, key, value, visible, scale=scaling)
+        visible, prepared = _visible(streamkernels_route, query, key, attention_mask, spans)
+        o = span_attention(query, key, value, visible, scale=scaling, prepared=prepared)
     return o.transpose(1, 2), None
 
 
-def _visible(route: Route, query: Tensor, key: Tensor, mask: Tensor | None, spans: Tensor | None) -> Spans:
-    """The Spans of this forward on the device of `query`: the caller's, or causal; a key that the padding mask hides
-    is in the class that every row skips."""
+def _visible(
+    route: Route, query: Tensor, key: Tensor, mask: Tensor | None, spans: Tensor | None
+) -> tuple[Spans, tuple[Tensor, Tensor]]:
+    """The Spans of this forward on the device of `query`, prepared: the caller's, or causal; a key that the padding mask
+    hides is in the class that every row skips."""
     if query.device not in route.visible:
         B, T, S = query.shape[0], query.shape[2], key.shape[2]
         bounds = spans if spans is not None else bottom_right(T, S, B=B, device=query.device).bounds
         hidden = None if mask is None else ~mask.bool()
         # one device read per forward, as transformers' own sdpa mask does, buys the plain path for a mask of ones
         if hidden is None or not (_traced() or hidden.any()):
-            route.visible[query.device] = Spans(bounds)
+            visible = Spans(bounds)
         else:
-            route.visible[query.device] = Spans(
+            visible = Spans(
                 bounds,
                 key_class=hidden.to(torch.int8),
                 row_class=torch.zeros(B, T, dtype=torch.int8, device=query.device),
                 class_rules=torch.tensor([[ATTEND, SKIP]], dtype=torch.int8, device=query.device),
             )
+        route.visible[query.device] = visible, prepare(visible, S)
     return route.visible[query.device]
 
 
