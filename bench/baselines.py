@@ -95,12 +95,12 @@ def flex_visible(spans: sk.Spans) -> Callable[..., Tensor]:
 
 
 def flex_attend(spans: sk.Spans, L: int, *, backend: str | None = None, compile: bool = True) -> Callable[..., Tensor]:
-    """FlexAttention under `spans`: its Triton kernels, or `backend` "FLASH" for FlashAttention-4's."""
+    """FlexAttention under `spans` over L keys: its Triton kernels, or `backend` "FLASH" for FlashAttention-4's."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.config.recompile_limit = 64
     torch._functorch.config.donated_buffer = False  # the backward is repeated
-    mask = create_block_mask(flex_visible(spans), None, None, L, L, device=spans.bounds.device)
+    mask = create_block_mask(flex_visible(spans), None, None, spans.bounds.shape[1], L, device=spans.bounds.device)
     call: Any = torch.compile(flex_attention, dynamic=False) if compile else flex_attention
     options: dict[str, Any] = {} if backend is None else {"kernel_options": {"BACKEND": backend}}
     return lambda q, k, v: call(q, k, v, block_mask=mask, enable_gqa=True, **options)

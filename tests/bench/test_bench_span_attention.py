@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
+import bench_span_attention as bench
 import pytest
 import torch
-
-import bench_span_attention as bench
 from baselines import flash_attention_4_missing, flex_attend, flex_visible, sdpa_attend
 from record import Goal, compared, tables
 
