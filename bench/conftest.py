@@ -40,13 +40,19 @@ def rows(request: pytest.FixtureRequest) -> list[dict]:
 
 
 @pytest.fixture
-def show(rows: list[dict], benchmark: Any) -> Callable[..., None]:
-    """show(rows of the table, our call): record rows, and the call as pytest-benchmark's own (host-visible, warm)."""
+def show(rows: list[dict], benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """show(rows of the table, our call): record rows, and the call as pytest-benchmark's own (host-visible, warm).
+
+    What is recorded is on disk at once: a run that is cut off keeps it."""
 
     def show(found: Sequence[dict], call: Callable[[], object]) -> None:
         import kernel_time
+        import record
 
         rows.extend(found)
+        if not kernel_time.compile_only:
+            print(record.tables(list(found)))
+            record.save(request.path.stem, rows)
         benchmark.extra_info["rows"] = list(found)
 
         def synchronised() -> None:

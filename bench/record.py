@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -52,6 +53,7 @@ def compared(
     }
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """GPU, driver-independent software versions, and the commit (git's, or STREAMKERNELS_COMMIT where there is no
     git)."""

@@ -71,11 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="the benchmarks of a checkout", description=_BENCH)
     bench.set_defaults(run=_bench)
     bench.add_argument("ops", nargs="*", metavar="OP", help="for example span_attention (default: all)")
-    bench.add_argument(
-        "--compile-only",
-        action="store_true",
-        help="time nothing, fill the compilers' caches (with pytest-xdist in 8 processes)",
-    )
+    compile_only = "time nothing, fill the compilers' caches (with pytest-xdist in 8 processes)"
+    bench.add_argument("--compile-only", action="store_true", help=compile_only)
     return parser
 
 
