@@ -137,6 +137,8 @@ def contenders(steps: list[Step], peers: tuple[str, ...]) -> dict[str, list]:
     held = max(s + t for s, t in steps[0].lengths)
     if not kernels and held <= REFERENCE_KEYS:
         found["reference"] = step_peers.ours(steps, "reference")[0]
+    for name in kernels[1:]:
+        check_same(found, name)
     for name in peers:
         try:
             found[name] = [makers[name](step) for step in steps]
