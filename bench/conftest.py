@@ -14,6 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 # FlashAttention-4 compiles seconds per kernel: let processes share what they compiled
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+# FlexAttention's kernels are compiled one after the other: a pool of compiling processes would only cost its start
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 _rows: dict[str, list[dict]] = {}
 
