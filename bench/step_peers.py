@@ -66,9 +66,6 @@ def make_step(H: int, HK: int, D: int, T: int, lengths, reads, *, dtype: torch.d
     return Step(draw(H), draw(HK), draw(HK), segments[0], segments[1], tuple(lengths), tuple(reads))
 
 
-# -- ours --------------------------------------------------------------------------------------------------------------
-
-
 def ours(steps: list[Step], backend: str, *, room: int = 0) -> tuple[list[Call], sk.StreamCache]:
     """One layer per step in one fixed cache with `room` spare slots; lengths staged and committed, keys filled in."""
     first = steps[0]
@@ -109,9 +106,6 @@ def commit_lengths(cache: sk.StreamCache, lengths) -> None:
         for layer in range(cache.layers):
             cache.stage(layer, rows, longest)
         cache.commit()
-
-
-# -- FlashAttention-3 --------------------------------------------------------------------------------------------------
 
 
 def fa3() -> Any:
@@ -183,9 +177,6 @@ def fa3_two_segments(step: Step) -> Call:
         return out
 
     return call
-
-
-# -- torch -------------------------------------------------------------------------------------------------------------
 
 
 def rotate_and_append(step: Step, backend: str) -> tuple[Tensor, Tensor, Call]:
