@@ -45,9 +45,10 @@ class VisionPruning:
         consecutive: whether those layers must follow one another, as the paper says, or add up (False), as the code
             does.
         schedule: {layer: tokens} fixes it instead: after `layer` so many of a sample's vision tokens are left, an int,
-            or a float for that share of the prompt's, rounded down. In the manner of FastV (arXiv 2403.06764, K = 2 and
-            R = 50 %) {1: 0.5}, of PyramidDrop (arXiv 2410.17247) {8: 0.5, 16: 0.25, 24: 0.125}. The best by `score` stay, ties to the earlier; 0 drops all. A fixed schedule reads nothing from
-            the device inside the language model, so that it can be captured in a CUDA graph.
+            or a float for that share of the prompt's, rounded down. In the manner of FastV (arXiv 2403.06764, K = 2
+            and R = 50 %) {1: 0.5}, of PyramidDrop (arXiv 2410.17247) {8: 0.5, 16: 0.25, 24: 0.125}. The best by
+            `score` stay, ties to the earlier; 0 drops all. A fixed schedule reads nothing from the device while the
+            language model runs, so that it can be captured in a CUDA graph.
         score: of a schedule: "norm", the norm of a token's contribution (VisiPruner), "attention", its probability as
             the mean over heads (FastV), both for the last prompt token; or a function from a `Probe` to [B, K].
         positions: "kept": tokens keep the positions they had (VisiPruner and FastV). "renumbered": from the layer

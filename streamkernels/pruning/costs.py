@@ -62,4 +62,5 @@ def verdict(config: VisionPruning, shape: ModelShape, device: str, batch: int, t
     text = f"{saved:.2f} ms of a prefill {'at best' if config.schedule is None else ''}".strip()
     if saved > 0:
         return Verdict(True, f"yes, {text} saved on {device!r} (costs of commit {cost.commit})")
-    return Verdict(False, f"no, {-saved:.2f} ms of a prefill lost at least on {device!r} (costs of commit {cost.commit})")
+    lost = f"{-saved:.2f} ms of a prefill lost at least"
+    return Verdict(False, f"no, {lost} on {device!r} (costs of commit {cost.commit})")

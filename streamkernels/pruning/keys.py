@@ -6,6 +6,7 @@ and behind them what was generated. A sample's own rows are at the front of a bl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -90,18 +91,23 @@ class Keys:
         live = torch.cat([_seen(block, like.shape[0], like.device) for block in self.blocks], 1)
         return where(live)
 
+    def listed(self, HK: int) -> dict[str, Tensor]:
+        """`kept` as a Spans has it, for so many heads; empty where runs say it."""
+        if self.kept is None:
+            return {}
+        index, count = self.kept
+        return {
+            "kept": index[:, None].expand(-1, HK, -1).contiguous(),
+            "kept_count": count[:, None].expand(-1, HK).contiguous(),
+        }
+
     def spans(self, end: Tensor, own: Tensor | None, B: int, HK: int) -> Spans:
         """The Spans of T rows that stand behind these keys and what was generated since. end: int32 [1 or B, T], where
         causality ends each row; own: bool [B, T], which rows mean anything (None: all), the others see nothing."""
-        if self.kept is not None:
-            kept, count = self.kept
-            columns = [(torch.zeros_like(end), torch.full_like(end, self.width)), (torch.full_like(end, self.width), end)]
-            return Spans(
-                bounds_of(columns, B, own),
-                rules=(KEPT, ATTEND),
-                kept=kept[:, None].expand(-1, HK, -1).contiguous(),
-                kept_count=count[:, None].expand(-1, HK).contiguous(),
-            )
+        listed = self.listed(HK)
+        if listed:
+            zero, width = torch.zeros_like(end), torch.full_like(end, self.width)
+            return Spans(bounds_of([(zero, width), (width, end)], B, own), rules=(KEPT, ATTEND), **listed)
         runs, begin = self.runs
         columns = [(torch.full_like(end, b), until[:, None]) for b, until in runs]
         return Spans(bounds_of([*columns, (torch.full_like(end, begin), end)], B, own))
@@ -119,21 +125,23 @@ def bounds_of(columns: list[tuple[Tensor, Tensor]], B: int, own: Tensor | None) 
     return bounds if own is None else bounds * own[:, :, None, None]
 
 
-def behind(keys: Keys, spans: Spans, start: int, S: int) -> Spans:
-    """Spans over a call's own rows -> over a buffer of S in which they stand at `start`, with `keys` before them, which
-    text and vision rows see alike."""
+def behind(keys: Keys, spans: Spans, counts: Sequence[int], S: int, HK: int) -> Spans:
+    """Spans over a call's own rows -> over a buffer of S in which they stand right behind `keys`, which text and vision
+    rows see alike. counts: rows of each sample. HK: key/value heads."""
+    start = keys.width
     B, T = spans.B, spans.T
     if not start and S == T:
         return spans
-    if keys.kept is not None:
-        got = "one whose earlier images later tokens do not see"
-        refuse(OP, "past_key_values", "an empty cache, under these shallow stages", got, NotImplementedError)
     real = (spans.bounds[..., 1] > spans.bounds[..., 0])[..., None]
     bounds = (spans.bounds + start) * real
-    runs, begin = keys.runs
     zero = torch.zeros((1, 1), dtype=torch.int32, device=bounds.device)
-    past = [(zero + b, until[:, None]) for b, until in runs]
-    past += [(zero + begin, zero + start)] if begin < start else []
+    listed = keys.listed(HK)
+    if listed:
+        past = [(zero, zero + start)]
+    else:
+        runs, begin = keys.runs
+        past = [(zero + b, until[:, None]) for b, until in runs]
+        past += [(zero + begin, zero + start)] if begin < start else []
     used = [n for n, rule in enumerate(spans.rules) if rule != ATTEND or n == 0 or bool(real[:, :, n].any())]
     width = len(past) + len(used)
     if width > SLOTS[-1]:
@@ -142,10 +150,11 @@ def behind(keys: Keys, spans: Spans, start: int, S: int) -> Spans:
     wide = torch.zeros((B, T, N, 2), dtype=torch.int32, device=bounds.device)
     wide[:, :, len(past) : width] = bounds[:, :, used]
     if past:
-        own = real[..., 0].any(2)
+        # not by what they see of their own: under "skip" that may be nothing
+        own = torch.tensor([[i < n for i in range(T)] for n in counts], device=bounds.device)
         columns = [(b.expand(1, T), e) for b, e in past]
         wide[:, :, : len(past)] = bounds_of(columns, B, own)[:, :, : len(past)]
-    rules = (ATTEND,) * len(past) + tuple(spans.rules[n] for n in used) + (ATTEND,) * (N - width)
+    rules = (KEPT if listed else ATTEND,) * len(past) + tuple(spans.rules[n] for n in used) + (ATTEND,) * (N - width)
     sinks, classes, class_sink = spans.sink_key, spans.key_class, spans.class_sink
     if sinks is not None:
         moved = torch.full((B, N), -1, dtype=torch.int32, device=bounds.device)
@@ -155,8 +164,7 @@ def behind(keys: Keys, spans: Spans, start: int, S: int) -> Spans:
         classes = torch.nn.functional.pad(classes, (start, S - start - classes.shape[1]))
     if class_sink is not None:
         class_sink = torch.where(class_sink >= 0, class_sink + start, -1).to(torch.int32)
-    moved_to = {"bounds": wide, "rules": rules, "sink_key": sinks, "key_class": classes, "class_sink": class_sink}
-    return replace(spans, **moved_to)
+    return replace(spans, bounds=wide, rules=rules, sink_key=sinks, key_class=classes, class_sink=class_sink, **listed)
 
 
 def _seen(block: Block, B: int, device: torch.device) -> Tensor:

@@ -111,11 +111,10 @@ class Report:
     def pairs(self, dense: bool = False) -> int:
         """(query, key) pairs that causal attention computes per head, over all layers and samples; or those of the
         dense model."""
-        return sum(
-            _causal(n, past)
-            for layer, pasts in zip(self.rows, self.seen, strict=True)
-            for n, past in zip(self.real if dense else layer, (self.past,) * self.batch if dense else pasts, strict=True)
-        )
+        if dense:
+            return self.model.layers * sum(_causal(n, self.past) for n in self.real)
+        layers = zip(self.rows, self.seen, strict=True)
+        return sum(_causal(n, past) for rows, seen in layers for n, past in zip(rows, seen, strict=True))
 
     def macs(self, dense: bool = False) -> int:
         """Multiply-accumulates of all decoder layers over all rows computed, text and vision (embedding, vision tower

@@ -155,8 +155,13 @@ class Stages:
     def _dynamic(self, layer: int, probe: Probe) -> None:
         config, rows = self.config, self.rows
         scores, own = probe.scores(), rows.vision_count
-        limits = {"layer_threshold": config.layer_threshold, "token_threshold": config.token_threshold}
-        found, kept, kept_count = visipruner_select(scores, **limits, index=rows.vision, count=own)
+        found, kept, kept_count = visipruner_select(
+            scores,
+            layer_threshold=config.layer_threshold,
+            token_threshold=config.token_threshold,
+            index=rows.vision,
+            count=own,
+        )
         filters = found & (self.phase == SEARCHING)
         quiet = visipruner_exit(scores, exit_threshold=config.exit_threshold, count=own) & (self.phase == FILTERED)
         otherwise = torch.zeros_like(self._hits) if config.consecutive else self._hits
@@ -232,7 +237,7 @@ def len_left(config: VisionPruning, layer: int, vision: int) -> int:
 
 
 def _cut(score: Tensor, count: Tensor, limit: Tensor) -> Tensor:
-    """Scores [B, K] with NaN, which is never kept, at all but the `limit` [B] best of each sample, ties to the lower."""
+    """Scores [B, K] with NaN, which is never kept, at all but the `limit` [B] best of a sample, ties to the lower."""
     candidate = (torch.arange(score.shape[1], device=score.device) < count[:, None]) & ~score.isnan()
     order = score.masked_fill(~candidate, float("-inf")).sort(dim=1, descending=True, stable=True).indices
     order = order.gather(1, (~candidate).gather(1, order).to(torch.int8).sort(dim=1, stable=True).indices)

@@ -120,7 +120,7 @@ MAKERS = {
 }
 
 
-def make_vlm(name: str, *, layers: int = LAYERS, sharpen: float = 3.0, dtype: torch.dtype = torch.float32) -> Any:
+def make_vlm(name: str, *, layers: int = LAYERS, sharpen: float = 2.0, dtype: torch.dtype = torch.float32) -> Any:
     """A random model in eval mode, eager attention. Query and key weights are multiplied: nearly uniform attention
     would hide wrong masks and positions."""
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ from ...pruning.layout import VisionLayout
 from ...pruning.report import Report
 from ...pruning.stages import Stages
 from .prune_forward import Pass
-from .prune_models import OP, PIXELS, Parts, parts_of, shape_of
+from .prune_models import OP, Parts, chunk_of_generate, parts_of, reads_vision, shape_of
 from .prune_report import report_of
 
 NAME = "streamkernels_pruned"
@@ -220,7 +220,7 @@ class PruneHandle:
     def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = {**dict(zip(self._names[module], args, strict=False)), **kwargs}
         given, ids = named.pop("vision_mask", None), named.get("input_ids")
-        sees = any(named.get(name) is not None for name in PIXELS)
+        sees = reads_vision(named)
         embeds = named.get("inputs_embeds")
         like = ids if ids is not None else embeds
         if like is None or (like.shape[1] == 1 and not sees and given is None):
@@ -228,8 +228,8 @@ class PruneHandle:
         if given is None and ids is not None and self._parts is not None:
             given = torch.isin(ids, torch.tensor(self._parts.token_ids, device=ids.device))
             if not sees:
-                # an image whose pixels come in another call, as prefill_chunk_size has it, cannot be pruned as one
-                if not _frozen() and bool(given.any()):
+                # generate's chunks come without pixels before transformers 5.23; prompt lookup may guess image tokens
+                if not _frozen() and _empty(named.get("past_key_values")) and bool(given.any()):
                     expected = "a prompt with its pixel_values in one call (no prefill_chunk_size)"
                     refuse(OP, "input_ids", expected, "image tokens without pixel_values", NotImplementedError)
                 return (), named
@@ -237,6 +237,10 @@ class PruneHandle:
             refuse(OP, "vision_mask", "bool [B, T] beside inputs_embeds without input_ids", given)
         if given is None:
             return (), named
+        chunk = None if torch.compiler.is_compiling() else chunk_of_generate()
+        if chunk is not None:
+            got = f"{chunk}: the last token of the prompt selects for all of it"
+            refuse(OP, "prefill_chunk_size", "None", got, NotImplementedError)
         if named.get("use_cache") is False:
             got = "use_cache=False, with which every generated token would select anew"
             refuse(OP, "use_cache", "a cache", got, NotImplementedError)
@@ -356,6 +360,11 @@ def _real(mask: Any, T: int) -> Tensor | None:
         expected = f"a 2-D padding mask [B, at least {T}]"
         refuse(OP, "attention_mask", expected, mask, NotImplementedError)
     return mask[:, -T:].bool()
+
+
+def _empty(cache: Any) -> bool:
+    length = 0 if cache is None else cache.get_seq_length()
+    return not isinstance(length, Tensor) and length == 0
 
 
 def _frozen() -> bool:

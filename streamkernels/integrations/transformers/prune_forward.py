@@ -80,7 +80,7 @@ class Pass:
         made: dict[tuple[int, int], Keys] = {}
         for layer, keys in enumerate(known):
             own = keys.width + length - known[0].width
-            if static_length(cache.layers[layer]) is None and length:
+            if length and static_length(cache.layers[layer]) is None:
                 own = cache.layers[layer].get_seq_length()
             same = (id(keys), own)
             if same not in made:
@@ -193,15 +193,16 @@ class Pass:
         for b, (count, _) in enumerate(layout.counts):
             packed[b, :count] = vision[b][real[b]]
         text_rule, vision_rule = stage
+        counts = [count for count, _ in layout.counts]
         spans = vision_spans(
-            [count for count, _ in layout.counts],
+            counts,
             packed,
             text_to_vision=RULES[text_rule],
             vision_to_vision=RULES[vision_rule],
             first_half=text_rule == "mass_first_half",
             device=q.device,
         )
-        return behind(keys, spans, keys.width, k.shape[2])
+        return behind(keys, spans, counts, k.shape[2], k.shape[1])
 
     def close(self, hidden: Tensor) -> Tensor:
         """After the last layer: the ledger learns what the cache got; hidden [B, rows, C] -> [B, T, C], 0 where a token

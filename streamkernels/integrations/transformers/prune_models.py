@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ from .attention import NAME as PATCHED
 from .rotary import STATIC_ROPE
 
 OP = "prune_vision"
-PIXELS = ("pixel_values", "pixel_values_videos")
+# what a forward that reads images or videos has; the last one since transformers 5.23, a dict by kind
+PIXELS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,23 @@ def shape_of(text: Any) -> ModelShape:
         kv_heads=config.num_key_value_heads,
         head_dim=text.layers[0].self_attn.head_dim,
     )
+
+
+def reads_vision(named: dict[str, Any]) -> bool:
+    """Whether a forward with these arguments reads images or videos."""
+    given = [named.get(name) for name in PIXELS]
+    return any(any(part is not None for part in x.values()) if isinstance(x, dict) else x is not None for x in given)
+
+
+def chunk_of_generate() -> int | None:
+    """The prefill_chunk_size of the `generate` that makes this forward, if any: nothing in its arguments tells."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_prefill" and "generation_config" in frame.f_locals:
+            size: int | None = frame.f_locals["generation_config"].prefill_chunk_size
+            return size
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def check_cache(cache: Any) -> None:
