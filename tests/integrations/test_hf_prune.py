@@ -98,7 +98,7 @@ def test_fixed_schedule(name, score):
 
 
 PRESETS = {
-    "reference_code 7B": VisionPruning.reference_code("7B", layer_threshold=0.99, token_threshold=1.2),
+    "reference_code 7B": VisionPruning.reference_code("7B", token_threshold=0.9),
     "reference_code 13B": VisionPruning.reference_code("13B", layer_threshold=0.98, token_threshold=0.5),
     "paper": VisionPruning.paper(layer_threshold=0.98, token_threshold=0.5, exit_threshold=0.9),
 }

@@ -276,6 +276,9 @@ class PruneHandle:
         elif T > 1 and real is not None and (_frozen() or not bool(real.all())):
             none = torch.zeros((B, T), dtype=torch.bool, device=like.device)
             stages = Stages(self.config, self._shape.layers, VisionLayout(none, real), drops_any=False)
+        if not isinstance(named.get("attention_mask"), dict):
+            # a 4-D mask goes through transformers as it is: no search for packed sequences, which reads the device
+            named["attention_mask"] = torch.empty((0, 0, 0, 0), device=like.device)
         step = Pass(self.config, self._shape.layers, B, T, module.rotary_emb, stages)
         if given is not None:
             self._last = (step, reads, text, module.dtype.itemsize)
