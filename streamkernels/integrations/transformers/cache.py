@@ -13,6 +13,7 @@ from ...core.cache import SOURCE, TARGET, StreamCache
 from ...core.shapes import refuse
 from .model import base_of, check_supported, devices, head_dims, kv_heads
 from .rotary import rotary_of
+from .windows import KeyPositions
 
 
 @dataclass
@@ -93,6 +94,7 @@ class GroupedCache(Cache):
         self._turns = Turns()
         super().__init__(layers=[GroupedLayer(stream, index, self._turns) for index in range(stream.layers)])
         self.stream = stream
+        self._keys: KeyPositions | None = None
 
     @classmethod
     def for_model(
@@ -161,15 +163,40 @@ class GroupedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` (int64 [B]) was."""
+        self._settle_positions()
         self.stream.reorder(beam_idx)
+        self._take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep rows `indices` (int64), in that order."""
+        self._settle_positions()
         self.stream.select(indices)
+        self._take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
-        self.stream.select(torch.arange(self.stream.batch).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.stream.batch).repeat_interleave(repeats))
+
+    def reserve(self, source: int = 0, target: int = 0) -> None:
+        """Make room for that many more rows per session (`StreamCache.reserve`): before a compiled or captured step."""
+        self.stream.reserve(source, target)
+        if self._keys is not None:
+            self._keys.fit(max(source, target))
+
+    def key_positions(self) -> KeyPositions:
+        """Where the cached keys stand, which only a sliding window by position needs: kept from the first call on."""
+        if self._keys is None:
+            self._keys = KeyPositions(self.stream)
+        self._keys.check()
+        return self._keys
+
+    def _settle_positions(self) -> None:
+        if self._keys is not None:
+            self._keys.check()
+
+    def _take(self, rows: Tensor) -> None:
+        if self._keys is not None:
+            self._keys.take(rows)
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: raises NotImplementedError."""

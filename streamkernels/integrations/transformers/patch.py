@@ -21,15 +21,17 @@ from ...core.shapes import refuse
 from .attention import NAME
 from .model import base_of, check_supported
 from .request import admit
+from .windows import MEANINGS
 
 _HANDLE = "_streamkernels_handle"
 
 
-def patch(model: nn.Module, *, require_spans: bool = False) -> Handle:
+def patch(model: nn.Module, *, require_spans: bool = False, window: str = "position") -> Handle:
     """Let `model` attend through streamkernels until the handle is undone.
 
-    model: LlamaForCausalLM, LlamaModel, Qwen2ForCausalLM, Qwen2Model, or a wrapper with `get_base_model()` (PEFT), of
-    transformers >= 5.4, < 6; wrap it in PEFT before or after. Only this instance changes. Its forward then takes
+    model: a CausalLM of Llama, Qwen2 (and 2.5), Qwen3, Mistral, Gemma2 or Phi3, its base model, or a wrapper with
+    `get_base_model()` (PEFT), of transformers >= 5.4, < 6; wrap it in PEFT before or after. Only this instance changes.
+    Its forward then takes
 
     - `spans=` int32 [B, T, N, 2], N in 1, 2, 4, 8: the half-open key intervals that each token sees, over the one
       buffer of this call's keys (after those of a DynamicCache, if there is one). Differentiable; a padding mask
@@ -37,13 +39,18 @@ def patch(model: nn.Module, *, require_spans: bool = False) -> Handle:
     - `past_key_values=GroupedCache`, with `role=` (int8 [B, T] of SOURCE, TARGET, PADDING, or one int),
       `position_ids=` (required) and `source_limit=` (int32 [B, T], how much of the source a target token sees): one
       streaming step, to be committed or discarded. A 2-D `attention_mask` [B, T] turns its zeros into PADDING.
-    - neither: plain causal attention, with DynamicCache or none, with 2-D padding masks of any shape.
+    - neither: plain causal attention as the stock model's, sliding windows included, with DynamicCache or none, with
+      2-D padding masks of any shape.
 
     `position_ids` reach RoPE and nothing else: restarting, offset or gapped positions never act as packing.
     Fractional ones may be fp32.
 
     require_spans: refuse a forward in training that has neither spans nor a GroupedCache, as when the Hugging Face
     Trainer drops a column that the model's forward does not name.
+
+    window: what a sliding window of the model means under spans and with a GroupedCache: "position", keys less than the
+    window behind by position id, or "index", the last keys of those that a token sees. Plain causal attention counts
+    keys, as the stock model does.
 
     Returns a Handle (a context manager with `undo()`). Raises NotImplementedError for a model, release or option that
     is not supported and ValueError for a model that is patched already; nothing is changed then.
@@ -53,8 +60,10 @@ def patch(model: nn.Module, *, require_spans: bool = False) -> Handle:
         by_session = base.__dict__[_HANDLE].borrowers is not None
         way_out = "an open StreamSession: close it first" if by_session else "patch: undo its handle first"
         refuse("patch", "model", "a model that is not patched yet", f"one patched by {way_out}")
+    if window not in MEANINGS:
+        refuse("patch", "window", " or ".join(map(repr, MEANINGS)), repr(window))
     check_supported("patch", base)
-    return Handle(model, base, require_spans)
+    return Handle(model, base, require_spans, window)
 
 
 def handle_of(model: nn.Module) -> Handle | None:
@@ -92,10 +101,10 @@ class _Release:
 class Handle:
     """A patched model's way back. As a context manager it undoes itself at the end, also after an exception."""
 
-    def __init__(self, model: nn.Module, base: Any, require_spans: bool = False) -> None:
+    def __init__(self, model: nn.Module, base: Any, require_spans: bool = False, window: str = "position") -> None:
         self.borrowers: int | None = None  # sessions that share it, if a session made it
         self._base: Any | None = base
-        self._require_spans = require_spans
+        self._require_spans, self.window = require_spans, window
         self._hook: RemovableHandle | None = None
         self._parameters = list(inspect.signature(base.forward).parameters)
         # (module, its config, our copy); and per config (it, our copy, the copy's first state)
@@ -163,7 +172,7 @@ class Handle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        return (), admit(module, named, require_spans=self._require_spans)
+        return (), admit(module, named, require_spans=self._require_spans, window=self.window)
 
 
 def _owners(model: nn.Module, base: Any) -> list[nn.Module]:

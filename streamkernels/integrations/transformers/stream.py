@@ -101,7 +101,7 @@ class PatchedModel:
 class StreamSession(Session):
     """A `streamkernels.Session` over a Hugging Face model: `read(word)`, `end()`, `write()`, or `run(words)`.
 
-    model: LlamaForCausalLM or Qwen2ForCausalLM (or a PEFT wrapper), patched or not; one that is not is patched until
+    model: a CausalLM that `patch` accepts (or a PEFT wrapper of one), patched or not; one that is not is patched until
     `close()`, the end of a `with` block, or until the session is garbage. tokenizer: a Hugging Face tokenizer; None
     with a `codec` and prompt, header and source_end as ids. policy: any of `streamkernels.streaming.policies`.
     prompt, header, source_end: tokens before the source, before the target (at least one token; its last predicts the
