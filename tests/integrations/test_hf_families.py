@@ -99,10 +99,12 @@ def scale(logits):
 
 
 @pytest.mark.parametrize("case, meaning", [(c, "position") for c in CASES] + [(c, "index") for c in WINDOWED])
-@pytest.mark.parametrize("k, offset", [(1, 0), (3, 7), (2, 2.5)])
-def test_a_session_equals_a_dense_mask_on_the_stock_model(tiny, case, meaning, k, offset, recorded):
+@pytest.mark.parametrize(
+    "k, offset, fused", [(1, 0, False), (3, 7, False), (2, 2.5, False), (1, 5, True), (3, 0.5, True)]
+)
+def test_a_session_equals_a_dense_mask_on_the_stock_model(tiny, case, meaning, k, offset, fused, recorded):
     model = build(tiny, case, vocab=384)
-    source, target, limits, got = streamed(model, WaitK(k), offset, meaning, recorded)
+    source, target, limits, got = streamed(model, WaitK(k), offset, meaning, recorded, fused=fused)
     S = len(source)
     want = dense(model, source, target, limits, offset, meaning)[S:]
     tolerance = scale(want)
@@ -201,7 +203,8 @@ def poison(cache):
 
 
 @pytest.mark.parametrize("case, meaning", [(c, "position") for c in CASES] + [(c, "index") for c in WINDOWED])
-def test_any_schedule_of_a_batch_equals_a_dense_mask(tiny, case, meaning):
+@pytest.mark.parametrize("fused", [False, True])
+def test_any_schedule_of_a_batch_equals_a_dense_mask(tiny, case, meaning, fused):
     model = build(tiny, case)
     for seed, offset in ((0, 0), (1, 6), (2, 2.5)):
         rng = random.Random(seed)
@@ -210,7 +213,7 @@ def test_any_schedule_of_a_batch_equals_a_dense_mask(tiny, case, meaning):
         got = [([], []) for _ in rows]
         cache = GroupedCache.for_model(model, 2, capacity=(3, 2))
         poison(cache)
-        with sk.patch(model, window=meaning), torch.no_grad():
+        with sk.patch(model, window=meaning, fused=fused), torch.no_grad():
             while not all(r.done for r in rows):
                 chunks = [r.chunk(rng) for r in rows]
                 if not any(chunks):

@@ -32,12 +32,14 @@ ROUTE = "streamkernels_route"  # the keyword that carries a Route from the pre-h
 class Route:
     """By what one forward attends; made by the pre-hook and shared by its layers.
 
-    cache: the GroupedCache, or None for the routes over one buffer. begins: per sliding window the first source and
+    cache: the GroupedCache, or None for the routes over one buffer. windows: the sliding window of each layer of a
+    streaming step, None for none. begins: per sliding window the first source and
     target key of each row of a streaming step. window: what a window means under declared spans. visible: the Spans of
     the routes over one buffer, built by the first layer that needs them, per device, window and number of keys.
     """
 
     cache: GroupedCache | None = None
+    windows: list[int | None] = field(default_factory=list)
     begins: dict[int, Begins] = field(default_factory=dict)
     window: str = "position"
     visible: dict[tuple[torch.device, int | None, int], Spans] = field(default_factory=dict)

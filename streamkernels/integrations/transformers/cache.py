@@ -51,7 +51,12 @@ class GroupedLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Committed source and target tokens of the longest row (an upper bound that needs no device read)."""
+        """Committed source and target tokens of the longest row (an upper bound that needs no device read).
+
+        0 while torch.compile traces: a length would be compiled into the graph, and only masks that nobody builds and
+        positions that are always given ask for it there."""
+        if torch.compiler.is_compiling():
+            return 0
         return sum(self.stream.longest(role, self.index) for role in (SOURCE, TARGET))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -187,7 +192,8 @@ class GroupedCache(Cache):
         """Where the cached keys stand, which only a sliding window by position needs: kept from the first call on."""
         if self._keys is None:
             self._keys = KeyPositions(self.stream)
-        self._keys.check()
+        if not torch.compiler.is_compiling():
+            self._keys.check()
         return self._keys
 
     def _settle_positions(self) -> None:

@@ -111,8 +111,8 @@ def _grouped(base: Any, shapes: Shapes, kwargs: dict[str, Any], window: str) -> 
         if not isinstance(role, Tensor):
             role = torch.full((B, T), role, dtype=torch.int8, device=mask.device)
         role = role.masked_fill(mask.to(role.device) == 0, PADDING)
-    route = Route(cache=cache, window=window)
-    sliding = {w for w in windows(base) if w is not None}
+    route = Route(cache=cache, windows=windows(base), window=window)
+    sliding = {w for w in route.windows if w is not None}
     if sliding:
         keys = cache.key_positions() if window == "position" else None
         limit = kwargs.get("source_limit")
