@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .core.cache import PADDING, SOURCE, TARGET, StreamCache
     from .core.positions import Rotary
     from .core.spans import Rule, Spans
-    from .integrations.transformers import GroupedCache, StreamSession
+    from .integrations.transformers import GroupedCache, SessionBatch, StreamSession
     from .integrations.transformers.patch import patch
     from .ops.compact import compact
     from .ops.incremental_prefill import incremental_prefill
@@ -47,6 +47,7 @@ _HOMES = {
     "Rule": ".core.spans",
     "Spans": ".core.spans",
     "GroupedCache": ".integrations.transformers",
+    "SessionBatch": ".integrations.transformers",
     "StreamSession": ".integrations.transformers",
     "patch": ".integrations.transformers",
     "compact": ".ops.compact",
@@ -91,6 +92,7 @@ __all__ = [
     "Rule",
     "select_tokens",
     "Session",
+    "SessionBatch",
     "SOURCE",
     "span_attention",
     "Spans",

@@ -161,10 +161,14 @@ class GroupedCache(Cache):
         if tokens_to_remove < 0:
             self.stream.pop(-tokens_to_remove, TARGET)
 
-    def reset(self) -> None:
-        """Empty both segments of every row."""
-        self._turns.left = 0
-        self.stream.reset()
+    def reset(self, row: int | None = None) -> None:
+        """Empty both segments of every row, or of one."""
+        self._settle_positions()
+        if row is None:
+            self._turns.left = 0
+        self.stream.reset(row)
+        if self._keys is not None:
+            self._keys.arrangement = self.stream._arrangement
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` (int64 [B]) was."""

@@ -47,7 +47,10 @@ def text_hash(function: Callable[..., Any]) -> str:
 def why_not(base: Any) -> str | None:
     """Why the attention of `base` (a base model that `base_of` returned) cannot be fused; None if it can."""
     rotary = base.rotary_emb
-    known = [(f"{type(rotary).__name__}.forward", rotary, type(rotary).forward, ANGLES)]
+    if "forward" in rotary.__dict__:
+        return "the forward of the rotary module was replaced on the instance"
+    known: dict[tuple[str, Any], tuple[str, ...]] = {}
+    known[f"{type(rotary).__name__}.forward", type(rotary).forward] = ANGLES
     for index, layer in enumerate(base.layers):
         attention = layer.self_attn
         if "forward" in attention.__dict__:
@@ -56,17 +59,12 @@ def why_not(base: Any) -> str | None:
         forward = inspect.unwrap(type(attention).forward)
         rotate = forward.__globals__.get("apply_rotary_pos_emb")
         half = getattr(inspect.unwrap(rotate), "__globals__", {}).get("rotate_half") if callable(rotate) else None
-        known += [
-            (f"{name}.forward", attention, forward, (FORWARDS.get(name, ""),)),
-            ("apply_rotary_pos_emb", attention, rotate, ROTATIONS),
-            ("rotate_half", attention, half, HALVES),
-        ]
-    if "forward" in rotary.__dict__:
-        return "the forward of the rotary module was replaced on the instance"
-    for name, function in {(name, function): None for name, _, function, _ in known}:
-        hashes = next(h for n, _, _, h in known if n == name)
+        known[f"{name}.forward", forward] = (FORWARDS.get(name, ""),)
+        known["apply_rotary_pos_emb", rotate] = ROTATIONS
+        known["rotate_half", half] = HALVES
+    for (name, function), hashes in known.items():
         try:
-            found = text_hash(function)  # type: ignore[arg-type]
+            found = text_hash(function)
         except (OSError, TypeError):
             return f"{name} has no source to compare"
         if found not in hashes:

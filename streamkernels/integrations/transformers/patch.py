@@ -86,12 +86,12 @@ def handle_of(model: nn.Module) -> Handle | None:
     return handle
 
 
-def borrow(model: nn.Module) -> tuple[Callable[[], bool], Callable[[], None]]:
-    """Have `model` patched until released: (whether it still is, release). A patch that exists is shared; one made
-    here is undone by its last borrower's release."""
+def borrow(model: nn.Module, fused: bool | str = False) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Have `model` patched until released: (whether it still is, release). A patch that exists is shared, fused or not;
+    one made here is undone by its last borrower's release."""
     handle = handle_of(model)
     if handle is None:
-        handle = patch(model)
+        handle = patch(model, fused=fused)
         handle.borrowers = 0
     if handle.borrowers is not None:
         handle.borrowers += 1
