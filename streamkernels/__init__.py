@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .core.cache import PADDING, SOURCE, TARGET, StreamCache
     from .core.positions import Rotary
     from .core.spans import Rule, Spans
-    from .integrations.transformers import GroupedCache, StreamSession
+    from .integrations.transformers import GroupedCache, SessionBatch, StreamSession
     from .integrations.transformers.patch import patch
     from .integrations.transformers.prune import prune_vision
     from .ops.compact import compact
@@ -49,6 +49,7 @@ _HOMES = {
     "Rule": ".core.spans",
     "Spans": ".core.spans",
     "GroupedCache": ".integrations.transformers",
+    "SessionBatch": ".integrations.transformers",
     "StreamSession": ".integrations.transformers",
     "patch": ".integrations.transformers",
     "prune_vision": ".integrations.transformers.prune",
@@ -96,6 +97,7 @@ __all__ = [
     "Rule",
     "select_tokens",
     "Session",
+    "SessionBatch",
     "SOURCE",
     "span_attention",
     "Spans",
