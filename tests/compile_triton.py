@@ -22,12 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from streamkernels.triton_kernels.incremental_prefill import compile as incremental_prefill
 from streamkernels.triton_kernels.prepare import compile as prepare
 from streamkernels.triton_kernels.rotate_append import compile as rotate_append
 from streamkernels.triton_kernels.span_attention import compile as span_attention
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
-OPS = (rotate_append, prepare, span_attention)
+OPS = (rotate_append, prepare, span_attention, incremental_prefill)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -54,8 +55,9 @@ def build(
     """Compile as the GPU would: constants by position, and the alignment that real pointers and strides have."""
     names = list(kernel.arg_names)
     constants = {(names.index(key),): value for key, value in constexprs.items()}
+    unaligned = UNALIGNED | {str(n) for n in kernel.do_not_specialize or ()}
     aligned = [
-        n for n in names if n not in constexprs and n not in UNALIGNED and not signature[n].startswith("tensordesc")
+        n for n in names if n not in constexprs and n not in unaligned and not signature[n].startswith("tensordesc")
     ]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
