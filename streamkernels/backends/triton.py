@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.shapes import refuse
 
-OPS: tuple[str, ...] = ("rotate_append", "span_attention", "prepare")
+OPS: tuple[str, ...] = ("rotate_append", "incremental_prefill", "span_attention", "prepare")
 OPS += ("token_scores", "select_tokens", "compact", "rotate", "reanchor")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -46,7 +46,7 @@ def reason(call: Any) -> str | None:
         return "the tensors are on cpu; Triton kernels need a GPU (or TRITON_INTERPRET=1 for tests)"
     if call.device.type == "cpu" and call.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly"
-    if call.op == "span_attention" and call.dtype == torch.float32 and "backward" in call.features:
+    if call.op in ("span_attention", "incremental_prefill") and call.dtype == torch.float32 and "backward" in call.features:
         return "fp32 gradients would be less accurate than plain PyTorch's (2.7 times its error, measured on an H200)"
     if "scale" in call.features:
         return "the Triton kernels need a scale > 0"
@@ -112,6 +112,24 @@ def _prepared(options: tuple[Any, ...], S: int) -> tuple[Any, ...]:
     if row_blocks is None:
         row_blocks, key_blocks = prepare(given[0], S)
     return *given, row_blocks, key_blocks, scale, softcap
+
+
+def incremental_prefill(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`reference.incremental_prefill` with the same raw arguments: one Triton launch, one more where it splits the keys
+    over programs, and one before it that writes a long chunk."""
+    call = _launch("incremental_prefill", "incremental_prefill")
+    k, (ring_sinks, bounded, source_window, target_window) = arguments[1], arguments[18:22]
+    rings = [bounded and source_window > 0, bounded and target_window > 0]
+    # short chunks are written by the attention itself; so are those that only one of two rings takes
+    if k.shape[2] < _launch("incremental_prefill", "LONG_CHUNK") or rings[0] != rings[1]:
+        return call(*arguments)
+    rotate_append(*arguments[1:13], ring_sinks, rings[0], arguments[25])
+    return call(*arguments, written=True)
+
+
+def incremental_prefill_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.incremental_prefill_backward` with the same raw arguments."""
+    return _launch("incremental_prefill", "incremental_prefill_backward")(*arguments)
 
 
 def warmup(

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import operator
 import sys
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 
 from ..core.shapes import check_int, refuse
 from ..core.spans import limits_from_visible
 from .policies import Action, Policy, State
-from .protocols import Codec, StreamModel
+from .protocols import Codec, Decoder, Step, StreamModel
 from .trace import Counts, End, Event, Read, Write
 
 END = object()  # handed over in place of a word: no word follows
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a step answers: the logits [vocab] of its last target row and the token it means; None, -1 without one."""
+
+    logits: torch.Tensor | None
+    token: int
+
+
+# work of a loop: it asks for steps, is sent replies, and ends with a result; whoever drives it may share forwards
+Work = Generator[Step, Reply, T]
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,7 @@ class Settings:
     prompt: list[int]
     source_end: list[int]
     sample: Callable[[torch.Tensor], int] | None
+    decoder: Decoder | None
     max_target_tokens: int
     max_word_tokens: int
     clock: Callable[[], float]
@@ -40,7 +57,7 @@ class Held:
 
     limit: int
     logits: torch.Tensor  # [vocab]
-    best: int
+    best: int  # or what the decoder chose
     token: int | None = None  # sampled from logits, at most once
 
 
@@ -78,15 +95,50 @@ class Stream:
     entered: float = 0.0
 
 
+@dataclass(eq=False)
+class SessionMark:
+    """A point of a session to roll back to, made by `Session.mark`; its fields are the session's business."""
+
+    loop: Loop
+    serial: int
+    stream: Stream
+    fed: bool
+
+
 class Loop:
-    """Moves one `Stream` on, one read or one token at a time. The model is told of nothing but steps."""
+    """Moves one `Stream` on, one read or one token at a time. The model is told of nothing but steps.
+
+    Methods that may need a forward are generators (`Work`); `drive` runs one with forwards of its own.
+    """
 
     def __init__(self, model: StreamModel, codec: Codec, policy: Policy, settings: Settings) -> None:
         self.model, self.codec, self.policy, self.settings = model, codec, policy, settings
         prompt, header = list(settings.prompt), list(settings.header)
         self.stream = Stream([len(prompt)], prompt, header, len(prompt), target_lengths=[len(header)])
+        self._marks: weakref.WeakSet[SessionMark] = weakref.WeakSet()
+        self._serial = 0
+        if settings.decoder is not None:
+            settings.decoder.begin(header)
 
-    def hand_over(self, word: object, flush: bool) -> None:
+    def drive(self, work: Work[T]) -> T:
+        """Do the work with this model alone."""
+        try:
+            step = next(work)
+            while True:
+                try:
+                    logits = self.model.step(step.source, step.target, step.limits)
+                    (reply,) = read_replies([(self, step, logits)])
+                    if isinstance(reply, Exception):
+                        raise reply
+                except BaseException as error:
+                    step = work.throw(error)
+                else:
+                    step = work.send(reply)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    def hand_over(self, word: object, flush: bool) -> Work[None]:
         """A word, or END, has come: read it at once if the policy waits for it."""
         s = self.stream
         op, got = ("Session.end", "end()") if word is END else ("Session.read", repr(word))
@@ -102,8 +154,8 @@ class Loop:
             s.handed += 1
             s.closed = word is END
             try:
-                while s.inbox and s.boundary and self._wants_to_read():
-                    self._take()
+                while s.inbox and s.boundary and (yield from self._wants_to_read()):
+                    yield from self._take()
             except BaseException:
                 # it is last in line, so what failed came before it was read: withdrawn
                 if s.inbox:
@@ -112,7 +164,7 @@ class Loop:
                     s.closed = False
                 raise
             if flush:
-                self._flush()
+                yield from self._flush()
 
     def _encode(self, word: object) -> tuple[str, list[int]]:
         if not isinstance(word, str):
@@ -124,12 +176,12 @@ class Loop:
             refuse("Session.read", "word", "a word with at least one token", repr(word))
         return word, tokens
 
-    def _take(self) -> None:
+    def _take(self) -> Work[None]:
         """Read the next segment in line; its tokens wait for the next write, or for the next read."""
         s = self.stream
         word, tokens = s.inbox[0]
         if s.waiting and tokens:
-            self._flush()
+            yield from self._flush()
         s.inbox.popleft()
         s.source_lengths.append(len(tokens))
         s.read_tokens += len(tokens)
@@ -141,7 +193,7 @@ class Loop:
         s.source_ended = word == ""
         s.words_read += not s.source_ended
 
-    def _wants_to_read(self) -> bool:
+    def _wants_to_read(self) -> Work[bool]:
         """At a boundary: whether to read. The policy is asked once per state, and only when there is a choice."""
         s = self.stream
         if s.source_ended:
@@ -149,6 +201,8 @@ class Loop:
         if len(s.source_lengths) == 1:
             return True
         if s.decision is None:
+            if getattr(self.policy, "predicts", False):
+                yield from self._prediction()
             s.decision = self._ask()
         return s.decision is Action.READ
 
@@ -158,7 +212,7 @@ class Loop:
         def prediction() -> Held:
             if not asking:
                 refuse("State", "logits, ending", "use while the policy decides", "use after it")
-            return self._prediction()
+            return self.drive(self._prediction())
 
         state = State(
             source_words=s.words_read,
@@ -178,23 +232,23 @@ class Loop:
             refuse("Session", "policy(state)", "Action.READ or Action.WRITE", repr(action), TypeError)
         return action
 
-    def advance(self) -> bool:
+    def advance(self) -> Work[bool]:
         """One piece of work: a read, or a token. False when a word is wanted that has not come, and at the end."""
         s = self.stream
         if s.done:
             return False
         with self._working():
-            if not (s.boundary and self._wants_to_read()):
-                self._write_token()
+            if not (s.boundary and (yield from self._wants_to_read())):
+                yield from self._write_token()
                 return True
             if s.inbox:
-                self._take()
+                yield from self._take()
                 return True
             return False
 
-    def _write_token(self) -> None:
+    def _write_token(self) -> Work[None]:
         s = self.stream
-        token = self._sample(self._prediction())
+        token = self._sample((yield from self._prediction()))
         ends = token in self.codec.end
         if s.boundary:
             s.boundary, s.decision = False, None
@@ -209,7 +263,7 @@ class Loop:
         else:
             self._accept(token)
 
-    def _prediction(self) -> Held:
+    def _prediction(self) -> Work[Held]:
         """What the last target token predicts, given all that was read; its row is fed, or fed again, if need be."""
         s = self.stream
         if s.held is not None and s.held.limit != s.read_tokens:
@@ -223,9 +277,10 @@ class Loop:
             if not s.visible:
                 read = len(s.source_lengths)
                 limits = limits_from_visible(s.source_lengths, [len(limits), 1], [*visible, read].__getitem__)[:-1]
-            with self._step(s.unfed, limits) as logits:
-                best = _best(logits, len(s.unfed))
-            s.visible, s.held = visible, Held(s.read_tokens, logits[-1], best)
+            reply = yield from self._step(s.unfed, limits)
+            if reply.logits is None:
+                refuse("Session", "model.step(...)", "logits for target rows", None)
+            s.visible, s.held = visible, Held(s.read_tokens, reply.logits, reply.token)
         return s.held
 
     def _header_sees(self) -> int:
@@ -234,12 +289,11 @@ class Loop:
         read = len(s.source_lengths)
         return read if rule is None else min(rule(0, read if s.source_ended else sys.maxsize), read)
 
-    @contextlib.contextmanager
-    def _step(self, target: list[int], limits: list[int]) -> Iterator[torch.Tensor]:
-        """One forward over what is pending and these target rows; not kept if it, or the block it yields to, raises."""
+    def _step(self, target: list[int], limits: list[int]) -> Work[Reply]:
+        """One forward over what is pending and these target rows; not kept if anything is wrong with it."""
         s = self.stream
         try:
-            yield self.model.step(s.pending, target, limits)
+            reply = yield Step(s.pending, target, limits)
         except BaseException:
             self.model.discard()
             raise
@@ -247,11 +301,11 @@ class Loop:
         s.counts.add(len(s.pending), len(target))
         s.limits += limits
         s.pending, s.waiting = [], False
+        return reply
 
-    def _flush(self) -> None:
+    def _flush(self) -> Work[None]:
         if self.stream.pending:
-            with self._step([], []):
-                pass
+            yield from self._step([], [])
 
     def _sample(self, held: Held) -> int:
         sample, vocab = self.settings.sample, held.logits.shape[0]
@@ -269,10 +323,16 @@ class Loop:
         s = self.stream
         s.tokens.append(token)
         s.word.append(token)
+        decoder, held = self.settings.decoder, s.held
         s.unfed, s.held = [token], None
+        if decoder is not None:
+            decoder.put(token)
         if len(s.tokens) == self.settings.max_target_tokens:
             self._close_word()
             self._finish("length")
+        elif decoder is not None and held is not None and decoder.stops(s.tokens, held.logits):
+            self._close_word()
+            self._finish("stop")
         elif len(s.word) == self.settings.max_word_tokens or (self.codec.closes(token) and self._word_has_text()):
             self._close_word()
 
@@ -300,6 +360,45 @@ class Loop:
     def _finish(self, reason: str) -> None:
         self.stream.done = True
         self.stream.events.append(End(reason, self._time()))
+        if self.settings.decoder is not None:
+            self.settings.decoder.end()
+
+    def cancel(self) -> None:
+        """End the text here, whatever it was about to do."""
+        if not self.stream.done:
+            if self.stream.word:
+                self._close_word()
+            self._finish("cancelled")
+
+    def mark(self) -> SessionMark:
+        """All that `stream` is now, but for what its last row predicts."""
+        s = self.stream
+        kept = Stream(**{f.name: copy.copy(getattr(s, f.name)) for f in fields(s)})
+        kept.held = None
+        self._serial += 1
+        made = SessionMark(self, self._serial, kept, s.held is not None)
+        self._marks.add(made)
+        return made
+
+    def rollback(self, mark: SessionMark) -> None:
+        """Be what the mark remembers. The row that was fed last then is fed again, since it may have been fed since
+        with more source in sight; counts go on counting."""
+        if mark not in self._marks:
+            refuse("Session.rollback", "mark", "a mark of this text, not after one that was rolled back to", mark)
+        truncate = getattr(self.model, "truncate", None)
+        if truncate is None:
+            refuse("Session.rollback", "model", "a model with truncate(source, target)", type(self.model).__name__)
+        kept, now = mark.stream, self.stream
+        s = Stream(**{f.name: copy.copy(getattr(kept, f.name)) for f in fields(kept)})
+        again = mark.fed and not kept.done
+        if again:
+            s.limits.pop()
+            s.unfed = (s.tokens or self.settings.header)[-1:]
+        truncate(s.read_tokens - len(s.pending), len(s.limits))
+        s.counts, s.spent = now.counts, now.spent
+        s.counts.extra_forwards += again
+        self.stream = s
+        self._marks = weakref.WeakSet(m for m in self._marks if m.serial <= mark.serial)
 
     def _time(self) -> float:
         return self.settings.clock() - self.stream.started
@@ -314,16 +413,46 @@ class Loop:
             s.spent += self.settings.clock() - s.entered
 
 
-def _best(logits: torch.Tensor, rows: int) -> int:
-    """The likeliest token of the last row, once the logits are seen to be logits."""
-    fits = isinstance(logits, torch.Tensor) and logits.is_floating_point() and logits.dim() == 2 and len(logits) == rows
-    if not fits:
+Answered = tuple[Loop, Step, torch.Tensor]
+
+
+def read_replies(answers: Sequence[Answered]) -> list[Reply | Exception]:
+    """What each step's logits say, in one transfer for all; an exception where they are no logits, or not finite."""
+    replies: list[Reply | Exception] = [Reply(None, -1)] * len(answers)
+    rows: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for i, (loop, step, logits) in enumerate(answers):
+        if not step.target:
+            continue
+        try:
+            last = _last(logits, len(step.target))
+            largest, best = last.max(-1)
+            decoder = loop.settings.decoder
+            if decoder is not None:
+                best = decoder.choose(last, loop.stream.tokens)
+        except Exception as error:
+            replies[i] = error
+        else:
+            rows.append((i, last, largest, best))
+    if not rows:
+        return replies
+    # max finds a NaN wherever it stands
+    numbers = torch.stack([torch.stack([a.double(), b.double()]) for _, _, a, b in rows]).tolist()
+    for (i, last, _, _), (largest, best) in zip(rows, numbers, strict=True):
+        replies[i] = Reply(last, int(best))
+        if not math.isfinite(largest):
+            try:
+                refuse("Session", "model.step(...)", "finite logits", f"{largest}: the step was discarded")
+            except ValueError as error:
+                replies[i] = error
+    return replies
+
+
+def _last(logits: torch.Tensor, rows: int) -> torch.Tensor:
+    """The last row, once the logits are seen to be logits."""
+    fits = isinstance(logits, torch.Tensor) and logits.is_floating_point() and logits.dim() == 2
+    if not fits or len(logits) not in (1, rows):
         refuse("Session", "model.step(...)", f"float logits [{rows}, vocab]", logits)
-    # one transfer; max finds a NaN wherever it stands
-    largest, best = torch.stack([x.float() for x in logits[-1].detach().max(-1)]).tolist()
-    if not math.isfinite(largest):
-        refuse("Session", "model.step(...)", "finite logits", f"{largest}: the step was discarded")
-    return int(best)
+    return logits[-1].detach()
 
 
 def token_ids(op: str, name: str, tokens: Sequence[int]) -> list[int]:

@@ -30,8 +30,8 @@ FP64 = torch.float64
 
 
 def supported(cases):
-    """With one key the gradients of q and k are exactly 0, and what is left of them is the rounding of two sums taken in
-    different orders."""
+    """With one key the gradients of q and k are exactly 0, and what is left of them is the rounding of two sums taken
+    in different orders."""
     return tuple(case for case in cases if case.S > 1)
 
 

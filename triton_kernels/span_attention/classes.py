@@ -73,8 +73,8 @@ def attend_classes(
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys of slot SLOT into (m, norm, acc): k, v, kept point at one head; `rules` [BLOCK_T] of the rows towards
-    classes of keys; `to`: the key that moved mass lands on."""
+    """Fold the keys of slot SLOT into (m, norm, acc): k, v, kept point at one head; `rules` [BLOCK_T] of the rows
+    towards classes of keys; `to`: the key that moved mass lands on."""
     begin, length = slot_keys(kept, count, row_blocks, block, blocks, SLOT, RULE, N, BLOCK_T)
     low, high = row_span(bounds, t, T, S, SLOT, N)
     d = tl.arange(0, BLOCK_D)

@@ -105,8 +105,8 @@ def span_attention_backward(
         )  # fmt: skip
         plan.dq(
             *(box.over(x) for box, x in zip(plan.dq_boxes, (q, k, v, do), strict=True)), k, v, dq, total, delta, mass,
-            spans.bounds, spans.row_blocks, *spans.lists, *factors, T, S, H, HK, row_blocks.shape[1], spans.K, *spans.table,
-            *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3], total.numel(),
+            spans.bounds, spans.row_blocks, *spans.lists, *factors, T, S, H, HK, row_blocks.shape[1], spans.K,
+            *spans.table, *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3], total.numel(),
         )  # fmt: skip
         plan.dkdv(
             *(box.over(x) for box, x in zip(plan.dkdv_boxes, (q, k, v, do), strict=True)),

@@ -36,7 +36,13 @@ def few_rows(rows: int) -> bool:
 
 
 def tile(
-    kernel: str, capability: int, D: int, element_size: int, plain: bool = True, few: bool = False, classes: bool = False
+    kernel: str,
+    capability: int,
+    D: int,
+    element_size: int,
+    plain: bool = True,
+    few: bool = False,
+    classes: bool = False,
 ) -> Tile:
     """The tile of one kernel; every (kernel, kind, padded D, element size) has a row.
 
