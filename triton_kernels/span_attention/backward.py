@@ -26,10 +26,11 @@ from ..device.spans import (
     times_seen,
 )
 from .classes import dq_classes, landing_key, value_of
-from .forward import load_tile
+from .forward import LISTS, load_tile
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "dlse_b", "dlse_h", "dlse_t"],
+            do_not_specialize_on_alignment=["lse", "dlse", "delta", "sink_gradient", "sink_logits"])  # fmt: skip
 def row_statistics_kernel(
     o, do,  # [B, H, T, D]
     lse, dlse,  # fp32 [B, H, T]
@@ -171,7 +172,8 @@ def dq_kept(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "K", "RC", "KC", "mass_n"])
+@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "K", "RC", "KC", "mass_n"],
+            do_not_specialize_on_alignment=["delta", *LISTS[:-1]])  # fmt: skip
 def dq_kernel(
     q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
     k_rows, v_rows,
@@ -258,7 +260,8 @@ def dq_kernel(
     tl.store(to, (acc * scale).to(dq.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "SB", "heads", "RC", "KC"])
+@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "SB", "heads", "RC", "KC"],
+            do_not_specialize_on_alignment=["delta", "listed", "bounds", "sink_key", *LISTS[4:-1]])  # fmt: skip
 def dkdv_kernel(
     q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
     v_rows,

@@ -15,6 +15,11 @@ from ..device.softmax import cap, from_natural, natural_log, online_softmax, pow
 from ..device.spans import hull_tiles, row_span, sees, slot_hull, solid_tile
 from .classes import attend_classes, landing_key
 
+# a view of a longer list may begin anywhere: the alignment of these is no part of a compiled form
+LISTS = [
+    "bounds", "sink_key", "kept", "kept_count", "key_class", "row_class", "class_rules", "class_sink", "sink_logits",
+]  # fmt: skip
+
 
 @triton.jit
 def load_tile(tensor, b, h, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -118,7 +123,9 @@ def join_mass(m, norm, acc, m_mass, norm_mass, PRECISION: tl.constexpr):
     return m_new, norm * alpha + mass, acc * alpha[:, None], mass
 
 
-@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "K", "RC", "KC"])
+@triton.jit(
+    do_not_specialize=["T", "S", "H", "HK", "TB", "K", "RC", "KC"], do_not_specialize_on_alignment=LISTS
+)  # fmt: skip
 def span_attention_kernel(
     q, k, v,  # descriptors over [B, H, T, D], [B, HK, S, D] with tiles [1, 1, BLOCK, BLOCK_D]
     k_rows, v_rows,  # the same k, v as pointers, for rows that are gathered

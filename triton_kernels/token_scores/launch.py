@@ -17,7 +17,7 @@ def meta(HK: int, R: int, D: int, softcap: bool, element_size: int) -> dict[str,
     """The kernel's sizes as constants."""
     choice = tiles.tile(HK, R, D, element_size)
     return {
-        "HK": HK, "R": R, "D": D, "SOFTCAP": softcap,
+        "R": R, "D": D, "SOFTCAP": softcap,
         "HEADS": choice.heads, "BLOCK_K": choice.block_k, "BLOCK_D": tiles.block_d(D), "STAGES": choice.num_stages,
         "num_warps": choice.num_warps,
     }  # fmt: skip
@@ -38,7 +38,7 @@ def token_scores(
         with torch.cuda.device_of(q):
             token_scores_kernel[(programs, B)](
                 q, o, k, v, lse, index, count, cosine, norm, mass,
-                scale, 1.0 / softcap if softcap else 1.0, softcap or 1.0, S, K,
+                scale, 1.0 / softcap if softcap else 1.0, softcap or 1.0, S, K, HK,
                 *_strides(q, 0, 1), *_strides(o, 0, 1), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2),
                 *_strides(lse, 0, 1), *_strides(index, 0, 1), *_strides(count, 0), **sizes,
             )  # fmt: skip

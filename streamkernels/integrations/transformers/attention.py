@@ -118,7 +118,8 @@ def attention(
         }
         o: Any = incremental_prefill(query, key, value, None, None, stream, layer, **options)
     else:
-        visible, prepared = _visible(streamkernels_route, query, key, attention_mask, spans, sliding_window, position_ids)
+        place = (sliding_window, position_ids)
+        visible, prepared = _visible(streamkernels_route, query, key, attention_mask, spans, *place)
         o = span_attention(query, key, value, visible, scale=scaling, softcap=softcap, prepared=prepared)
     return o.transpose(1, 2), None
 
