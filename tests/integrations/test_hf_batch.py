@@ -1,4 +1,4 @@
-"""`SessionBatch`: sessions at different points in one forward compute what each computes alone; faults stay in a row."""
+"""`SessionBatch`: sessions at different points in one forward compute what each computes alone; faults stay apart."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def same(session, other):
 
 
 def recording(batch):
-    """The logits of every target row that is kept, per session, as the model answers them: the last row of each step."""
+    """Per session the logits of every target row that is kept, of which a model answers the last of each step."""
     model, kept, last = batch._model, [[] for _ in batch], {}
     step, drop, pop = model.step, model.drop, model.pop
 
