@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_a_word(name, rows):
         }
         for column, make, options, words in variants(tokens, sessions):
             try:
-                row[column] = word_ms(model, lambda m=make, o=options: m(model, context, **o), words)
+                row[column] = word_ms(model, partial(make, model, context, **options), words)
             except (RuntimeError, NotImplementedError) as error:
                 # one variant that fails must not cost the others their numbers
                 row[column] = f"{type(error).__name__}: {str(error)[:60]}"

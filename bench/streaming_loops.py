@@ -334,7 +334,7 @@ class Codec:
 
 
 class Ours:
-    """(d) tier 1, (e) fused, (f) fused in CUDA graphs: sessions of `SessionBatch`, with all that they do on the host."""
+    """(d) tier 1, (e) fused, (f) fused in CUDA graphs: a `SessionBatch`, with all that it does on the host."""
 
     attention = None
 

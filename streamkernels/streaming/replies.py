@@ -27,30 +27,30 @@ Answered = tuple[Decoder | None, Sequence[int], Step, torch.Tensor]
 def read_replies(answers: Sequence[Answered]) -> list[Reply | Exception]:
     """What each step's logits say, in one transfer for all; an exception where they are no logits, or not finite."""
     replies: list[Reply | Exception] = [Reply(None, -1)] * len(answers)
-    rows: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    lasts: dict[int, torch.Tensor] = {}
+    chosen: dict[int, torch.Tensor] = {}
     for i, (decoder, tokens, step, logits) in enumerate(answers):
         if not step.target:
             continue
         try:
             last = _last(logits, len(step.target))
-            largest, best = last.max(-1)
             if decoder is not None:
-                best = decoder.choose(last, tokens)
+                chosen[i] = decoder.choose(last, tokens)
+            lasts[i] = last
         except Exception as error:
             replies[i] = error
-        else:
-            rows.append((i, last, largest, best))
-    if not rows:
+    if not lasts:
         return replies
     # max finds a NaN wherever it stands
-    numbers = torch.stack([torch.stack([a.double(), b.double()]) for _, _, a, b in rows]).tolist()
-    for (i, last, _, _), (largest, best) in zip(rows, numbers, strict=True):
-        replies[i] = Reply(last, int(best))
-        if not math.isfinite(largest):
-            try:
-                refuse("Session", "model.step(...)", "finite logits", f"{largest}: the step was discarded")
-            except ValueError as error:
-                replies[i] = error
+    largest, best = torch.stack(list(lasts.values())).max(-1)
+    if chosen:
+        best = torch.stack([chosen.get(i, best[n]) for n, i in enumerate(lasts)])
+    numbers = torch.stack([largest.double(), best.double()]).tolist()
+    for (i, last), top, token in zip(lasts.items(), *numbers, strict=True):
+        replies[i] = Reply(last, int(token))
+        if not math.isfinite(top):
+            text = f"Session: model.step(...): expected finite logits, got {top}: the step was discarded"
+            replies[i] = ValueError(text)
     return replies
 
 
