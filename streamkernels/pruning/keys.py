@@ -64,10 +64,14 @@ class Keys:
                 blocks.append(replace(last, width=left))
         return replace(self, blocks=tuple(blocks))
 
-    def and_rows(self, rows: Rows, *, hide_vision: bool = False, shift: Tensor | None = None) -> Keys:
-        """The same with the rows of one more prompt behind them, and another shift."""
-        count = None if rows.whole else rows.count
-        block = Block(rows.width, count, rows.is_vision if hide_vision else None)
+    def and_rows(
+        self, rows: Rows, *, hide_vision: bool = False, shift: Tensor | None = None, guesses: int = 0
+    ) -> Keys:
+        """The same with the rows of one more prompt behind them, and another shift. Its last `guesses` rows may be
+        cropped again and count as generated."""
+        width = rows.width - guesses
+        count = None if rows.whole else rows.count - guesses
+        block = Block(width, count, rows.is_vision[:, :width] if hide_vision else None)
         return Keys((*self.blocks, block), shift)
 
     @cached_property

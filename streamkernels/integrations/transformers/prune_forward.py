@@ -80,8 +80,8 @@ class Pass:
         made: dict[tuple[int, int], Keys] = {}
         for layer, keys in enumerate(known):
             own = keys.width + length - known[0].width
-            if length and static_length(cache.layers[layer]) is None:
-                own = cache.layers[layer].get_seq_length()
+            if length:
+                _crop(cache.layers[layer], own)
             same = (id(keys), own)
             if same not in made:
                 # what was generated since the last prompt is a block once another one follows
@@ -146,7 +146,7 @@ class Pass:
             o = span_attention(q, k, v, spans, scale=scale)
             return o
         o, lse = span_attention(q, k, v, spans, scale=scale, return_lse=True)
-        samples, last = torch.arange(self.B, device=q.device), (rows.count - 1).long()
+        samples, last = torch.arange(self.B, device=q.device), (rows.count - (1 + stages.guesses)).long()
         listed = torch.where(rows.vision >= 0, rows.vision + keys.width, -1)
         q_last, o_last = (x[samples, :, last][:, :, None] for x in (q, o))
         lse_last = lse[samples, :, last][:, :, None]
@@ -216,7 +216,8 @@ class Pass:
                 hide = self._stage(layer) is not None and not self.config.decode_sees_shallow
                 same = (id(keys), id(rows), hide)
                 if same not in made and rows is not None:
-                    made[same] = keys.and_rows(rows, hide_vision=hide, shift=self._shift(keys, rows))
+                    shift = self._shift(keys, rows)
+                    made[same] = keys.and_rows(rows, hide_vision=hide, shift=shift, guesses=self.stages.guesses)
                 after.append(made[same])
             self.cache.__dict__[_LEDGER].keys = after
         rows = self.stages.rows
@@ -227,6 +228,19 @@ class Pass:
             return None
         shift = self.first.count - rows.count
         return shift if keys.shift is None else keys.shift + shift
+
+
+def _crop(layer: Any, length: int) -> None:
+    """Make a dynamic layer as long as layer 0 implies. transformers before 5.14 crops to one length for all layers,
+    which leaves what was to go in a layer that is shorter than that."""
+    if static_length(layer) is not None:
+        return
+    more = layer.get_seq_length() - length
+    if more < 0:
+        got = f"one of {length + more} keys where {length} were expected, as after a forward that failed"
+        refuse(OP, "past_key_values", "a cache whose layers have all seen the same calls", got)
+    if more:
+        layer.crop(-more)
 
 
 def _of_batch(ledger: Ledger, B: int) -> list[Keys]:
