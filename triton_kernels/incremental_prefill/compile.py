@@ -9,16 +9,16 @@ from . import tiles
 from .forward import attend_kernel, merge_kernel
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-INT32 = ("length", "status", "source_limit", "source_begin", "target_begin", "sight", "placed")
+INT32 = ("length", "status", "counts", "source_limit", "source_begin", "target_begin", "sight", "placed")
 FP32 = ("cos", "sin", "sink_logits", "lse", "dlse", "part_o", "part_m", "part_norm", "total", "delta", "share", "parts")
 PLAIN = {
-    "R": 7, "INTERLEAVED": False, "HAS_ROLE": False, "SEGMENT": 1, "HAS_LIMIT": True, "HAS_SOURCE_BEGIN": False,
+    "R": 7, "INTERLEAVED": False, "HAS_ROLE": False, "HAS_COUNTS": False, "SEGMENT": 1, "HAS_LIMIT": True, "HAS_SOURCE_BEGIN": False,
     "HAS_TARGET_BEGIN": False, "SINKS": False, "RINGS": 0, "SOFTCAP": False, "SINK_LOGITS": False, "CHUNK": True,
     "SPLIT": True, "MOST": tiles.MOST_SPLITS, "BLOCK_P": 16,
 }  # fmt: skip
 FEATURES: dict[str, dict[str, Any]] = {
     "no split": {"SPLIT": False},
-    "roles": {"HAS_ROLE": True, "SEGMENT": 0},
+    "roles": {"HAS_ROLE": True, "HAS_COUNTS": True, "SEGMENT": 0},
     "rings": {"SINKS": True, "RINGS": 3},
     "begins": {"HAS_SOURCE_BEGIN": True, "HAS_TARGET_BEGIN": True},
     "softcap": {"SOFTCAP": True},
