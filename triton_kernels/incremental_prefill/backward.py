@@ -218,7 +218,7 @@ def dq_kernel(
     source_k, source_v, target_k, target_v,  # [B, HK, capacity, D]
     total, delta,  # fp32 [B, H, T]
     sight, placed, kept,
-    parts,  # fp32 [splits, B, T, H, D]
+    part_dq,  # fp32 [splits, B, T, H, D]
     inner, outer, scale, T, HK, splits, source_sinks, target_sinks,
     # strides in units of 8 elements
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t,
@@ -283,9 +283,9 @@ def dq_kernel(
         row_key = at_key.to(tl.int64)[:, None]
         keys = tl.load(from_k + row_key * (k_s * 8) + d[None, :], mask=mask_key, other=0.0)
         values = tl.load(from_v + row_key * (v_s * 8) + d[None, :], mask=mask_key, other=0.0)
-        _, ds = score_gradient(rows, grad, keys, values, seen, log, less, inner, outer, SOFTCAP, PRECISION)
+        p, ds = score_gradient(rows, grad, keys, values, seen, log, less, inner, outer, SOFTCAP, PRECISION)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
-    to = parts + (((split * tl.num_programs(2) + b) * T + row) * (HK * R) + h[:, None]) * D + d[None, :]
+    to = part_dq + (((split * tl.num_programs(2) + b) * T + row) * (HK * R) + h[:, None]) * D + d[None, :]
     tl.store(to, acc * scale, mask=inside[:, None] & (d < D)[None, :])
 
 
