@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..core.shapes import refuse
 
-OPS = ("rotate_append", "span_attention", "prepare")
+OPS: tuple[str, ...] = ("rotate_append", "span_attention", "prepare")
+OPS += ("token_scores", "select_tokens", "compact", "rotate", "reanchor")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -34,7 +35,12 @@ def reason(call: Any) -> str | None:
     """None if the Triton kernels can run `call` (a `backends.select.Call`), else one sentence why not."""
     if call.op not in OPS:
         return f"no Triton kernel for {call.op} yet"
-    if call.op != "prepare" and call.dtype not in _DTYPES:
+    if call.op == "compact":
+        if "backward" in call.features:
+            return "the gradient of compact has no Triton kernel"
+        if call.dtype.itemsize > 8:
+            return f"{str(call.dtype).removeprefix('torch.')} has elements of more than 8 bytes"
+    elif call.op != "prepare" and call.dtype not in _DTYPES:
         return f"{str(call.dtype).removeprefix('torch.')} is not supported; Triton kernels run fp16, bf16 and fp32"
     if call.device.type == "cpu" and not interpreting():
         return "the tensors are on cpu; Triton kernels need a GPU (or TRITON_INTERPRET=1 for tests)"
@@ -75,6 +81,31 @@ def span_attention_backward(*arguments: Any) -> Any:
     """`reference.span_attention_backward` with the op's raw arguments, but for the class table."""
     tensors, options = arguments[:7], arguments[7:]
     return _launch("span_attention", "span_attention_backward")(*tensors, *_prepared(options, tensors[3].shape[2]))
+
+
+def token_scores(*arguments: Any) -> Any:
+    """`reference.token_scores` with the op's raw arguments, as one Triton launch."""
+    return _launch("token_scores", "token_scores")(*arguments)
+
+
+def select_tokens(*arguments: Any) -> Any:
+    """`reference.select_tokens` with the op's raw arguments, as one Triton launch."""
+    return _launch("select_tokens", "select_tokens")(*arguments)
+
+
+def compact(*arguments: Any) -> Any:
+    """`reference.compact` with the same raw arguments, as one Triton launch."""
+    return _launch("compact", "compact")(*arguments)
+
+
+def rotate(*arguments: Any) -> Any:
+    """`reference.rotate` with the same raw arguments, as one Triton launch."""
+    return _launch("rotate", "rotate")(*arguments)
+
+
+def reanchor(*arguments: Any) -> None:
+    """`reference.reanchor` with the same raw arguments, as one Triton launch."""
+    _launch("reanchor", "reanchor")(*arguments)
 
 
 def _prepared(options: tuple[Any, ...], S: int) -> tuple[Any, ...]:
