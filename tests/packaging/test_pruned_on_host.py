@@ -119,12 +119,16 @@ def test_token_scores_of_nothing_and_of_everything() -> None:
     v = torch.randn(1, 1, 2, 16)
     v[:, :, 1] = -v[:, :, 0]
     q, k = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 2, 16)
-    alone = cuda.token_scores(q, k, v, v[:, :, :1].expand(1, 2, 1, 16), torch.zeros(1, 2, 1), ints([[0]]), ints([1]), 1.0, 0.0)
+
+    def scores(o: Tensor, lse: float, keys: list[int]) -> tuple[Tensor, ...]:
+        row = torch.full((1, 2, 1), lse)
+        return cuda.token_scores(q, k, v, o, row, ints([keys]), ints([len(keys)]), 1.0, 0.0)
+
+    alone = scores(v[:, :, :1].expand(1, 2, 1, 16), 0.0, [0])
     assert alone[0].tolist() == [[0.0]] and alone[2].tolist() == [[2.0]]
-    gone = cuda.token_scores(q, k, v, torch.zeros(1, 2, 1, 16), torch.ones(1, 2, 1), ints([[0, 1]]), ints([2]), 1.0, 0.0)
-    assert gone[0].tolist() == [[1.0, 1.0]]
+    assert scores(torch.zeros(1, 2, 1, 16), 1.0, [0, 1])[0].tolist() == [[1.0, 1.0]]
     v[0, 0, 1] = NAN
-    hit = cuda.token_scores(q, k, v, torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1), ints([[0, 1]]), ints([2]), 1.0, 0.0)
+    hit = scores(torch.ones(1, 2, 1, 16), 1.0, [0, 1])
     assert hit[1][0].isnan().tolist() == [False, True] and hit[0][0].isnan().tolist() == [False, True]
 
 
