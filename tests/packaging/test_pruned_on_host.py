@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -59,8 +60,11 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture(autouse=True)
 def on_host(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """`backends.cuda` on CPU tensors, which have neither a device index nor a stream."""
-    names = ("token_scores", "select_tokens", "compact", "rotate", "reanchor")
-    calls = {name: (lambda *a, op=getattr(extension, name): op(*a[:-2], 0, 0)) for name in names}
+
+    def call(name: str) -> Callable[..., None]:
+        return lambda *a: getattr(extension, name)(*a[:-2], 0, 0)
+
+    calls = {name: call(name) for name in ("token_scores", "select_tokens", "compact", "rotate", "reanchor")}
     monkeypatch.setattr(_ext, "load", lambda: SimpleNamespace(**calls))
     monkeypatch.setattr(cuda_pruned, "stream_of", lambda device: 0)
 
