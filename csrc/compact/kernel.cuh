@@ -1,4 +1,5 @@
-// compact: gather the listed rows of a tensor, zeros where nothing is listed. Memory-bound: what is listed is read once.
+// compact: gather the listed rows of a tensor, zeros where nothing is listed. Memory-bound: what is listed is read
+// once.
 #pragma once
 
 #include "compact/params.h"

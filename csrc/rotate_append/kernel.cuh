@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatFit)
       if (h + u < last_head) cells[u].load(at<Element>(p.k, b, h + u, t), at<Element>(p.v, b, h + u, t), columns);
     }
     if (h == first_head) {
-      angles.load(p.cosine.data, p.sine.data, b * p.cosine.batch + t * p.cosine.row,
-                  b * p.sine.batch + t * p.sine.row, p.angles_fp32, columns);
+      angles.load(p.cosine.data, p.sine.data, b * p.cosine.batch + t * p.cosine.row, b * p.sine.batch + t * p.sine.row,
+                  p.angles_fp32, columns);
     }
   };
   // the first loads are in flight while the places are found

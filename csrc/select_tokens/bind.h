@@ -10,9 +10,8 @@ inline void bind(pybind11::module_& m) {
   using namespace pybind11::literals;
   m.def(
       "select_tokens",
-      [](Table scores, Table index, Table count, uintptr_t out, uintptr_t out_count, double threshold,
-         bool thresholded, bool largest, int B, int K, int limit, int width, int dtype, int device,
-         uintptr_t stream) {
+      [](Table scores, Table index, Table count, uintptr_t out, uintptr_t out_count, double threshold, bool thresholded,
+         bool largest, int B, int K, int limit, int width, int dtype, int device, uintptr_t stream) {
         border::require(B >= 0 && K >= 0, "select_tokens: scores: expected sizes >= 0");
         border::require(limit >= 0 && limit <= width, "select_tokens: limit: expected 0 <= limit <= width");
         border::require(is_dtype(dtype), "select_tokens: scores: expected a dtype code of 0, 1 or 2");

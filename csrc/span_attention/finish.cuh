@@ -5,6 +5,7 @@
 #include "span_attention/plan.h"
 #include "span_attention/share.cuh"
 #include "streamkernels/mma.cuh"
+#include "streamkernels/overlap.cuh"
 
 namespace sk::span_attention {
 
@@ -124,65 +125,87 @@ __device__ __forceinline__ void finish_shared(const Params& p, const Plan& plan,
   }
 }
 
-// Joins the splits of every row: one warp a row, four columns a lane. The order is fixed: the same bits every time.
+// The sums of splits first, first + step, ... of one row, four columns a lane from `column`.
+__device__ __forceinline__ float4 sum_of_splits(const Params& p, const Plan& plan, int64_t rows, int64_t row,
+                                                const float* shares, int first, int step, int column) {
+  constexpr int kInFlight = 8;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int s = first; s < plan.splits; s += kInFlight * step) {
+    float4 x[kInFlight];
+    float share[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int split = s + u * step;
+      share[u] = split < plan.splits ? shares[split] : 0.0f;
+      x[u] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      // a split that saw nothing wrote nothing
+      if (share[u] != 0.0f) x[u] = *reinterpret_cast<const float4*>(p.partial + (split * rows + row) * p.D + column);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      sum.x = fmaf(share[u], x[u].x, sum.x);
+      sum.y = fmaf(share[u], x[u].y, sum.y);
+      sum.z = fmaf(share[u], x[u].z, sum.z);
+      sum.w = fmaf(share[u], x[u].w, sum.w);
+    }
+  }
+  return sum;
+}
+
+// Joins the splits of one row of q: four columns a lane, the splits dealt out to the warps. The order is fixed: the
+// same bits every time.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     join_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
-  const int64_t rows = static_cast<int64_t>(p.B) * p.H * p.T;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  if (row >= rows) return;
-  const auto part_of = [&](int split) {
-    const float2 x = split < plan.splits ? *reinterpret_cast<const float2*>(p.parts + (split * rows + row) * 2)
-                                         : make_float2(-INFINITY, 0.0f);
-    return Part{x.x, x.y};
-  };
+  __shared__ float shares[kMaxSplits];
+  __shared__ float4 sums[kWarps][kMaxDim / 4];
+  const int64_t rows = static_cast<int64_t>(p.B) * p.H * p.T, row = blockIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  wait_for_launch_before();
+  // every warp finds the whole for itself
   constexpr int kPerLane = kMaxSplits / 32;
   Part own[kPerLane];
   Part whole{-INFINITY, 0.0f};
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    own[i] = part_of(lane + 32 * i);
+    const int split = lane + 32 * i;
+    float2 x = make_float2(-INFINITY, 0.0f);
+    if (split < plan.splits) x = *reinterpret_cast<const float2*>(p.parts + (split * rows + row) * 2);
+    own[i] = {x.x, x.y};
     whole.top = fmaxf(whole.top, own[i].top);
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) whole.top = fmaxf(whole.top, __shfl_xor_sync(kAll, whole.top, step));
-  float share[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    share[i] = share_of(own[i], whole.top);
-    whole.sum = fmaf(share[i], own[i].sum, whole.sum);
+    const float share = share_of(own[i], whole.top);
+    if (warp == 0) shares[lane + 32 * i] = share;
+    whole.sum = fmaf(share, own[i].sum, whole.sum);
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) whole.sum += __shfl_xor_sync(kAll, whole.sum, step);
+  __syncthreads();
 
+  for (int column = 4 * lane; column < p.D; column += 128) {
+    sums[warp][column / 4] = sum_of_splits(p, plan, rows, row, shares, warp, kWarps, column);
+  }
+  __syncthreads();
   const int t = row % p.T, h = row / p.T % p.H, b = row / p.T / p.H;
   const Place place = place_of(p, b, h, t);
+  if (threadIdx.x == 0) p.lse[row] = lse_of(whole);
+  const int column = 4 * threadIdx.x;
+  if (column >= p.D) return;
   const float gain = gain_of<Element>(p, whole, h);
-  if (lane == 0) p.lse[row] = lse_of(whole);
-  // all lanes go round as often: they hand each other their shares
-  for (int first = 0; first < p.D; first += 128) {
-    const int column = first + 4 * lane;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float4 sum = sums[0][threadIdx.x];
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-#pragma unroll 8
-      for (int s = 0; s < min(32, plan.splits - 32 * i); ++s) {
-        const float factor = __shfl_sync(kAll, share[i], s);
-        if (factor == 0.0f || column >= p.D) continue;
-        const float4 x = *reinterpret_cast<const float4*>(p.partial + ((s + 32 * i) * rows + row) * p.D + column);
-        sum.x = fmaf(factor, x.x, sum.x);
-        sum.y = fmaf(factor, x.y, sum.y);
-        sum.z = fmaf(factor, x.z, sum.z);
-        sum.w = fmaf(factor, x.w, sum.w);
-      }
-    }
-    if (column >= p.D) continue;
-    uint2 bits;
-    bits.x = pack<Element>(sum.x * gain, sum.y * gain);
-    bits.y = pack<Element>(sum.z * gain, sum.w * gain);
-    *reinterpret_cast<uint2*>(static_cast<Element*>(p.o) + place.o + column) = bits;
+  for (int w = 1; w < kWarps; ++w) {
+    const float4 x = sums[w][threadIdx.x];
+    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
   }
+  uint2 bits;
+  bits.x = pack<Element>(sum.x * gain, sum.y * gain);
+  bits.y = pack<Element>(sum.z * gain, sum.w * gain);
+  *reinterpret_cast<uint2*>(static_cast<Element*>(p.o) + place.o + column) = bits;
 }
 
 }  // namespace sk::span_attention

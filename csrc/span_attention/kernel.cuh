@@ -8,6 +8,7 @@
 #include "span_attention/share.cuh"
 #include "streamkernels/async.cuh"
 #include "streamkernels/mma.cuh"
+#include "streamkernels/overlap.cuh"
 
 namespace sk::span_attention {
 
@@ -16,7 +17,7 @@ namespace sk::span_attention {
 template <typename Element, int D, int KEYS>
 struct Warp {
   static constexpr int kBytes = row_bytes(D);
-  Part part[2];  // this lane's share of the sum
+  Part part[2];   // this lane's share of the sum
   float sunk[2];  // of it, what goes to the sink of the slot; this lane's share
   float acc[D / 8][4];
 
@@ -33,28 +34,54 @@ struct Warp {
     }
   }
 
-  // q k of 16 rows and KEYS keys; q, k: shared addresses of their first rows
-  static __device__ __forceinline__ void products(float (&s)[KEYS / 8][4], uint32_t q, uint32_t k) {
+  // q of the warp's 16 rows: in registers where there is room, else read again for every tile
+  static constexpr bool kHeld = D <= 128;
+  uint32_t held[kHeld ? D / 16 : 1][4];
+
+  // shared address of this lane's row of the matrices of q
+  static __device__ __forceinline__ uint32_t query_row(uint32_t q) {
+    const int lane = threadIdx.x % 32;
+    return q + (lane / 8 % 2 * 8 + lane % 8) * kBytes + lane / 16 * 16;
+  }
+  __device__ __forceinline__ void hold(uint32_t q) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) load_matrices(held[d], query_row(q) + d * 32);
+    }
+  }
+
+  // q k of 16 rows and KEYS keys; q, k: shared addresses of their first rows. Matrices are read four at a time, ahead
+  // of the products that wait for them.
+  __device__ __forceinline__ void products(float (&s)[KEYS / 8][4], uint32_t q, uint32_t k) const {
+    constexpr int kAhead = D / 16 % 4 == 0 ? 4 : 3;
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
-    const uint32_t q_row = q + (matrix % 2 * 8 + row) * kBytes + matrix / 2 * 16;
     const uint32_t k_row = k + (matrix / 2 * 8 + row) * kBytes + matrix % 2 * 16;
 #pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      uint32_t a[4];
-      load_matrices(a, q_row + d * 32);
+    for (int j = 0; j < KEYS / 16; ++j) {
 #pragma unroll
-      for (int j = 0; j < KEYS / 16; ++j) {
-        uint32_t b[4];
-        load_matrices(b, k_row + j * 16 * kBytes + d * 32);
-        multiply_add<Element>(s[2 * j], a, b[0], b[1]);
-        multiply_add<Element>(s[2 * j + 1], a, b[2], b[3]);
+      for (int d = 0; d < D / 16; d += kAhead) {
+        uint32_t b[kAhead][4];
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) load_matrices(b[u], k_row + j * 16 * kBytes + (d + u) * 32);
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          uint32_t a[4];
+          if constexpr (kHeld) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[i] = held[d + u][i];
+          } else {
+            load_matrices(a, query_row(q) + (d + u) * 32);
+          }
+          multiply_add<Element>(s[2 * j], a, b[u][0], b[u][1]);
+          multiply_add<Element>(s[2 * j + 1], a, b[u][2], b[u][3]);
+        }
       }
     }
   }
 
   // Folds a tile into the sums. `keys`: its key indices, of this warp's first; `spans`: of this warp's first row.
-  __device__ __forceinline__ void fold(uint32_t q, uint32_t k, uint32_t v, const int* keys, const int2 (*spans)[kMaxSlots],
-                                       int n, Rule rule, const Factors& factors) {
+  __device__ __forceinline__ void fold(uint32_t q, uint32_t k, uint32_t v, const int* keys,
+                                       const int2 (*spans)[kMaxSlots], int n, Rule rule, const Factors& factors) {
     float s[KEYS / 8][4] = {};
     products(s, q, k);
     const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
@@ -81,7 +108,8 @@ struct Warp {
     float fade[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      fade[i] = exp2f(part[i].top - finite_top(top[i]));
+      // equal also where nothing has been seen yet
+      fade[i] = part[i].top == top[i] ? 1.0f : exp2f(part[i].top - top[i]);
       part[i] = {top[i], part[i].sum * fade[i]};
       sunk[i] *= fade[i];
     }
@@ -94,10 +122,13 @@ struct Warp {
         if (rule == kSink) sunk[i / 2] += s[j][i];
       }
     }
+    // mostly the largest score stays what it was
+    if (__any_sync(kAll, fade[0] != 1.0f || fade[1] != 1.0f)) {
 #pragma unroll
-    for (int d = 0; d < D / 8; ++d) {
+      for (int d = 0; d < D / 8; ++d) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[d][i] *= fade[i / 2];
+        for (int i = 0; i < 4; ++i) acc[d][i] *= fade[i / 2];
+      }
     }
     if (rule == kAttend || rule == kKept) weigh(s, used, v);
   }
@@ -116,12 +147,17 @@ struct Warp {
       const uint32_t bits = used >> (4 * j);
       const uint32_t first = (bits & 1 ? 0xffffu : 0) | (bits & 2 ? 0xffff0000u : 0);
       const uint32_t second = (bits & 4 ? 0xffffu : 0) | (bits & 8 ? 0xffff0000u : 0);
+      constexpr int kAhead = D / 16 % 4 == 0 ? 4 : 3;
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) {
-        uint32_t b[4];
-        load_matrices_transposed(b, v_row + j * 16 * kBytes + d * 32);
-        multiply_add<Element>(acc[2 * d], a, b[0] & first, b[1] & second);
-        multiply_add<Element>(acc[2 * d + 1], a, b[2] & first, b[3] & second);
+      for (int d = 0; d < D / 16; d += kAhead) {
+        uint32_t b[kAhead][4];
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) load_matrices_transposed(b[u], v_row + j * 16 * kBytes + (d + u) * 32);
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          multiply_add<Element>(acc[2 * (d + u)], a, b[u][0] & first, b[u][1] & second);
+          multiply_add<Element>(acc[2 * (d + u) + 1], a, b[u][2] & first, b[u][3] & second);
+        }
       }
     }
   }
@@ -155,12 +191,11 @@ __device__ __forceinline__ void fetch(const Element* k, const Element* v, int64_
                                       uint32_t k_shared, uint32_t v_shared, bool values) {
   constexpr int kPieces = D / 8;
 #pragma unroll
-  for (int i = threadIdx.x; i < kKeys * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces, key = keys[row];
+  for (int j = 0; j < kKeys * kPieces / kThreads; ++j) {
+    const int i = j * kThreads + threadIdx.x, row = i / kPieces, piece = i % kPieces, key = keys[row];
     const uint32_t at = row * row_bytes(D) + piece * 16;
-    if (key < 0) continue;
-    copy_async(k_shared + at, k + key * k_row + piece * 8);
-    if (values) copy_async(v_shared + at, v + key * v_row + piece * 8);
+    copy_async(k_shared + at, k + key * k_row + piece * 8, key >= 0);
+    copy_async(v_shared + at, v + key * v_row + piece * 8, key >= 0 && values);
   }
 }
 
@@ -169,9 +204,10 @@ template <typename Element, int D, int ROWS>
 __device__ __forceinline__ void read_queries(const Params& p, const Tile& tile, char* to) {
   constexpr int kPieces = D / 8;
   const Element* q = static_cast<const Element*>(p.q.data) + tile.b * p.q.batch;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ROWS * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
+#pragma unroll
+  for (int j = 0; j < (ROWS * kPieces + kThreads - 1) / kThreads; ++j) {
+    const int i = j * kThreads + threadIdx.x, row = i / kPieces, piece = i % kPieces;
+    if (i >= ROWS * kPieces) break;
     uint4 bits = make_uint4(0, 0, 0, 0);
     if (row < tile.rows) {
       bits = *reinterpret_cast<const uint4*>(q + tile.head(row) * p.q.head + tile.row(row) * p.q.row + piece * 8);
@@ -200,8 +236,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int warp = threadIdx.x / 32, thread = threadIdx.x;
   char* queries = memory + plan.stages * stage_bytes(D);
 
+  const Kept kept(p, tile);
   for (int n = warp; n < p.N; n += kWarps) {
-    const Range range = read_slot<ROWS>(p, tile, n, spans);
+    const Range range = read_slot<ROWS>(p, tile, n, kept, spans);
     if (thread % 32 == 0) ranges[n] = range;
   }
   read_queries<Element, D, ROWS>(p, tile, queries);
@@ -223,33 +260,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     listed.next(ranges, p.N);
   }
   __syncthreads();
-  const auto fetch_tile = [&](int i) {
-    if (fetched.n < p.N) {
-      const uint32_t to = stage_of(i);
-      const Rule rule = p.rules[fetched.n];
-      fetch<Element, D>(k, v, p.k.row, p.v.row, keys[i % kRing], to, to + kKeys * row_bytes(D),
-                        rule == kAttend || rule == kKept);
-      fetched.next(ranges, p.N);
-    }
-    commit_copies();
-  };
-  for (int i = 0; i < plan.stages - 1; ++i) fetch_tile(i);
-
-  Warp<Element, D, kWarpKeys> sums;
   const int row0 = kShared ? 0 : 16 * warp, key0 = kShared ? kWarpKeys * warp : 0;
-  for (int i = 0; folded.n < p.N; ++i) {
-    if (plan.stages == 1) {
-      fetch_tile(i);
-      wait_copies<0>();
-      __syncthreads();
-    } else {
+  Warp<Element, D, kWarpKeys> sums;
+  sums.hold(q + row0 * row_bytes(D));
+  // tile i is folded while the next ones are on their way; the first rounds only fetch
+  for (int i = 1 - plan.stages; folded.n < p.N; ++i) {
+    if (i >= 0 && plan.stages > 1) {
       if (plan.stages == 3) {
         wait_copies<1>();
       } else {
         wait_copies<0>();
       }
       __syncthreads();
-      fetch_tile(i + plan.stages - 1);
+    }
+    if (fetched.n < p.N) {
+      const int next = i + plan.stages - 1;
+      const uint32_t to = stage_of(next);
+      const Rule rule = p.rules[fetched.n];
+      fetch<Element, D>(k, v, p.k.row, p.v.row, keys[next % kRing], to, to + kKeys * row_bytes(D),
+                        rule == kAttend || rule == kKept);
+      fetched.next(ranges, p.N);
+    }
+    commit_copies();
+    if (i < 0) continue;
+    if (plan.stages == 1) {
+      wait_copies<0>();
+      __syncthreads();
     }
     // asked for now, put down below: nothing waits for it
     int ahead = -1;
@@ -272,6 +308,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (thread < kKeys) keys[(i + plan.stages) % kRing][thread] = ahead;
     if (plan.stages == 1) __syncthreads();
   }
+  let_next_launch_begin();
 #pragma unroll
   for (int i = 0; i < 2; ++i) sums.part[i].sum = sums.sum_of_row(sums.part[i].sum);
   // the copies behind the last tile were empty

@@ -11,6 +11,7 @@ namespace sk::span_attention {
 namespace {
 
 constexpr int kMaxDevices = 64;
+constexpr int kOverlapSince = 9;  // compute capability with programmatic dependent launch
 using Kernel = void (*)(Params, Plan);
 
 template <typename Element, int ROWS>
@@ -57,6 +58,25 @@ void allow(Kernel kernel, int device) {
   if (attributes.maxDynamicSharedSizeBytes >= most) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "span_attention: asking for shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "span_attention: asking for shared memory");
+}
+
+// The join is set up while the last blocks of the kernel before it still run.
+void launch_join(const Params& p, const Plan& plan, DType dtype, int device, cudaStream_t stream) {
+  static std::atomic<int> capability[kMaxDevices];
+  if (capability[device].load() == 0) capability[device] = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(static_cast<int64_t>(p.B) * p.H * p.T));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = capability[device].load() >= kOverlapSince ? 1 : 0;
+  const Kernel join = dtype == DType::kFloat16 ? join_kernel<Float16> : join_kernel<BFloat16>;
+  check(cudaLaunchKernelEx(&config, join, p, plan), "span_attention: joining the splits");
 }
 
 bool known_dim(int D) {
@@ -88,10 +108,7 @@ void launch(const Params& p, int splits, DType dtype, int device, uintptr_t stre
   kernel<<<static_cast<unsigned>(blocks), kThreads, plan.shared, on>>>(p, plan);
   check_launch("span_attention");
   if (plan.splits == 1) return;
-  const int64_t rows = static_cast<int64_t>(p.B) * p.H * p.T;
-  const Kernel join = dtype == DType::kFloat16 ? join_kernel<Float16> : join_kernel<BFloat16>;
-  join<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kThreads, 0, on>>>(p, plan);
-  check_launch("span_attention: joining the splits");
+  launch_join(p, plan, dtype, device, on);
 }
 
 void preload(int device) {

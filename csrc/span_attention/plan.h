@@ -11,12 +11,13 @@ namespace sk::span_attention {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kKeys = 64;        // keys of a tile
-constexpr int kRun = 16;         // keys that are not torn apart between splits
-constexpr int kMaxStages = 3;    // tiles under way at a time
-constexpr int kRing = 4;         // tiles whose key indices are in shared memory: more than kMaxStages
+constexpr int kKeys = 64;      // keys of a tile
+constexpr int kRun = 16;       // keys that are not torn apart between splits
+constexpr int kMaxStages = 3;  // tiles under way at a time
+constexpr int kRing = 4;       // tiles whose key indices are in shared memory: more than kMaxStages
 constexpr int kBlocksPerSm = 2;
 constexpr int kMaxSplits = 64;
+constexpr int kMaxDim = 256;
 constexpr int kReserved = 1024;  // bytes of shared memory that each block costs beside its own
 
 // Rows of q that share a kv head: t * R + r for the R query heads of it. A block takes `rows` of them.

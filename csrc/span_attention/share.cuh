@@ -37,26 +37,38 @@ __device__ __forceinline__ int lower_bound(const int32_t* list, int64_t stride, 
   return begin;
 }
 
-// The entries of the kept list that lie in `hull`.
-__device__ __forceinline__ Range kept_in(const Params& p, const Tile& tile, const Range& hull) {
-  const int32_t* list = static_cast<const int32_t*>(p.kept.data) + tile.b * p.kept.batch + tile.hk * p.kept.head;
-  int count = p.K;
-  if (p.kept_count.data != nullptr) {
-    const int32_t* counts = static_cast<const int32_t*>(p.kept_count.data);
-    count = min(max(counts[tile.b * p.kept_count.batch + tile.hk * p.kept_count.row], 0), p.K);
-  }
-  if (count == 0 || hull.begin >= hull.end) return {0, 0};
-  // mostly the hull holds the whole list
-  const int low = list[0], high = list[(count - 1) * p.kept.row];
-  const int begin = low >= hull.begin ? 0 : lower_bound(list, p.kept.row, count, hull.begin);
-  const int end = high < hull.end ? count : lower_bound(list, p.kept.row, count, hull.end);
-  return {begin, end};
-}
+// A kept list, what is asked for before the rows' spans are known.
+struct Kept {
+  const int32_t* list;
+  int64_t stride;
+  int count, low, high;  // of entries; the first and the last
 
-// One warp: the spans of the block's rows in slot n, clipped, to `spans`, and what of the slot the rows go through: keys,
-// or entries of the kept list.
+  __device__ __forceinline__ Kept(const Params& p, const Tile& tile)
+      : list(static_cast<const int32_t*>(p.kept.data) + tile.b * p.kept.batch + tile.hk * p.kept.head),
+        stride(p.kept.row),
+        count(p.K) {
+    if (p.kept_count.data != nullptr) {
+      const int32_t* counts = static_cast<const int32_t*>(p.kept_count.data);
+      count = min(max(counts[tile.b * p.kept_count.batch + tile.hk * p.kept_count.row], 0), p.K);
+    }
+    low = p.K > 0 ? list[0] : 0;
+    high = count > 0 ? list[(count - 1) * stride] : 0;
+  }
+
+  // The entries that lie in `hull`; mostly it holds the whole list.
+  __device__ __forceinline__ Range inside(const Range& hull) const {
+    if (count == 0) return {0, 0};
+    const int begin = low >= hull.begin ? 0 : lower_bound(list, stride, count, hull.begin);
+    const int end = high < hull.end ? count : lower_bound(list, stride, count, hull.end);
+    return {begin, end};
+  }
+};
+
+// One warp: the spans of the block's rows in slot n, clipped, to `spans`, and what of the slot the rows go through:
+// keys, or entries of the kept list.
 template <int ROWS>
-__device__ __forceinline__ Range read_slot(const Params& p, const Tile& tile, int n, int2 (*spans)[kMaxSlots]) {
+__device__ __forceinline__ Range read_slot(const Params& p, const Tile& tile, int n, const Kept& kept,
+                                           int2 (*spans)[kMaxSlots]) {
   const int lane = threadIdx.x % 32;
   Range hull{INT32_MAX, 0};
 #pragma unroll
@@ -74,21 +86,28 @@ __device__ __forceinline__ Range read_slot(const Params& p, const Tile& tile, in
   hull.begin = __reduce_min_sync(kAll, hull.begin);
   hull.end = __reduce_max_sync(kAll, hull.end);
   if (hull.begin >= hull.end) return {0, 0};
-  return p.rules[n] == kKept ? kept_in(p, tile, hull) : hull;
+  return p.rules[n] == kKept ? kept.inside(hull) : hull;
+}
+
+// Runs of keys in a range.
+__device__ __forceinline__ int runs_in(const Range& range) {
+  return (range.end - range.begin + kRun - 1) / kRun;
 }
 
 // One thread: cuts the slots' ranges down to the part of split `split`, in whole runs of keys.
 __device__ __forceinline__ void take_share(Range* ranges, int N, int split, int splits) {
-  int64_t total = 0;
-  for (int n = 0; n < N; ++n) total += (ranges[n].end - ranges[n].begin + kRun - 1) / kRun;
-  const int64_t first = total * split / splits, last = total * (split + 1) / splits;
+  unsigned total = 0;
+  for (int n = 0; n < N; ++n) total += runs_in(ranges[n]);
+  const unsigned each = total / splits, more = total % splits;  // the first `more` splits have one run more
+  const int64_t first = int64_t{each} * split + min(static_cast<unsigned>(split), more);
+  const int64_t last = first + each + (split < static_cast<int>(more));
   int64_t offset = 0;
   for (int n = 0; n < N; ++n) {
     const Range range = ranges[n];
-    const int64_t runs = (range.end - range.begin + kRun - 1) / kRun;
+    const int64_t runs = runs_in(range);
     const int64_t begin = max(first - offset, int64_t{0}), end = min(last - offset, runs);
     ranges[n].begin = begin < end ? range.begin + static_cast<int>(begin) * kRun : 0;
-    ranges[n].end = begin < end ? min(range.end, range.begin + static_cast<int>(end) * kRun) : 0;
+    ranges[n].end = begin < end ? static_cast<int>(min(int64_t{range.end}, range.begin + end * int64_t{kRun})) : 0;
     offset += runs;
   }
 }

@@ -18,8 +18,9 @@ inline void bind(pybind11::module_& m) {
         border::require(D % 8 == 0 && D >= 8 && D <= 256,
                         "token_scores: q: expected a head dim D that is a multiple of 8, at most 256");
         border::require(is_dtype(dtype), "token_scores: q: expected a dtype code of 0, 1 or 2");
-        border::require(B == 0 || K == 0 || (q.data && o.data && lse.data && index.data && count.data && cosine &&
-                                             norm && mass && (S == 0 || (k.data && v.data))),
+        border::require(B == 0 || K == 0 ||
+                            (q.data && o.data && lse.data && index.data && count.data && cosine && norm && mass &&
+                             (S == 0 || (k.data && v.data))),
                         "token_scores: q: expected no null pointer");
         launch({q, o, k, v, lse, index, count, static_cast<float*>(border::address(cosine)),
                 static_cast<float*>(border::address(norm)), static_cast<float*>(border::address(mass)), B, H, HK, S, D,

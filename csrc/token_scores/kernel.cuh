@@ -1,7 +1,7 @@
 // token_scores: what every listed key contributes to the output of one query row, in one pass over its k and v.
-// With a the probability of a key in a head and e = o - a v, a key needs three sums over heads and head dim: e e, e o and
-// a a v v, besides the sum of a. Only q k is needed before a is known, so a row costs one sum over lanes per head; the
-// others stay in their lanes until all heads are done. Sums are taken in a fixed order: the same bits every time.
+// With a the probability of a key in a head and e = o - a v, a key needs three sums over heads and head dim: e e, e o
+// and a a v v, besides the sum of a. Only q k is needed before a is known, so a row costs one sum over lanes per head;
+// the others stay in their lanes until all heads are done. Sums are taken in a fixed order: the same bits every time.
 #pragma once
 
 #include "streamkernels/chunk.cuh"

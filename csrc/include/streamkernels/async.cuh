@@ -5,9 +5,13 @@
 
 namespace sk {
 
-// 16 bytes, both sides on a 16-byte border
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+// 16 bytes, both sides on a 16-byte border, if `really`: a predicate instead of a branch
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool really) {
+  asm volatile(
+      "{\n\t.reg .pred really;\n\tsetp.ne.b32 really, %2, 0;\n\t"
+      "@really cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n\t}" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(really))
+      : "memory");
 }
 // closes the group of copies begun since the last one
 __device__ __forceinline__ void commit_copies() {

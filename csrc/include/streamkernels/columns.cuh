@@ -92,8 +92,7 @@ __device__ __forceinline__ void turn_inside(Chunk<Element, N>& run, const float*
 
 // Turns the two runs of one row by its angles.
 template <typename Element, int N, bool INTERLEAVED>
-__device__ __forceinline__ void turn(Chunk<Element, N>& a, Chunk<Element, N>& b,
-                                     const Columns<N, INTERLEAVED>& columns,
+__device__ __forceinline__ void turn(Chunk<Element, N>& a, Chunk<Element, N>& b, const Columns<N, INTERLEAVED>& columns,
                                      const Angles<Element, N, INTERLEAVED>& angles) {
   if constexpr (INTERLEAVED && N > 1) {
     if (columns.angle_a >= 0) turn_inside(a, angles.cosine, angles.sine);
