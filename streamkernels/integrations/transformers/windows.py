@@ -114,7 +114,7 @@ def step_begins(
     device = length.device
     if not isinstance(role, Tensor):
         role = torch.full((B, T), role, dtype=torch.int8, device=device)
-    role = role.to(device)
+    role = role.to(device, non_blocking=True)
     ranks = torch.stack([(role == r).long().cumsum(1) for r in (SOURCE, TARGET)], -1)
     total = length + ranks[:, -1]
     index = (ranks - 1 + length[:, None]).gather(2, role.clamp(min=0).long()[..., None])[..., 0]
