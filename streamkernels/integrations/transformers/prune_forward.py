@@ -207,9 +207,12 @@ class Pass:
     def close(self, hidden: Tensor) -> Tensor:
         """After the last layer: the ledger learns what the cache got; hidden [B, rows, C] -> [B, T, C], 0 where a token
         was dropped."""
+        # the report keeps this object, but not what it worked with
+        cache, self.cache = self.cache, None
+        self._spans, self._tables = {}, {}
         if self.stages is None or self.first is None:
             return hidden
-        if self.cache is not None:
+        if cache is not None:
             made: dict[tuple[int, int, bool], Keys] = {}
             after = []
             for layer, (keys, rows) in enumerate(zip(self.keys, self.rows, strict=True)):
@@ -219,7 +222,7 @@ class Pass:
                     shift = self._shift(keys, rows)
                     made[same] = keys.and_rows(rows, hide_vision=hide, shift=shift, guesses=self.stages.guesses)
                 after.append(made[same])
-            self.cache.__dict__[_LEDGER].keys = after
+            cache.__dict__[_LEDGER].keys = after
         rows = self.stages.rows
         return hidden if rows.whole else rows.back(hidden, self.T)
 
