@@ -303,3 +303,45 @@ def check_prompt(model, prompt, config):
     left = prompt.inputs["attention_mask"].bool() & ~plan.dropped
     assert plan.dropped.any()
     assert (full - expected)[left].abs().max() <= TOLERANCE * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_bf16_is_as_good_as_eager(name):
+    """At most twice the error of the never-dropping eager model in bf16, both against it in fp32."""
+    config = VisionPruning.fixed({1: 4, 3: 2, 4: 0}, score=lambda probe: -probe.index.float())
+    full, half = model_of(name), make_vlm(name, sharpen=1.6, dtype=torch.bfloat16)
+    prompt = prompt_of(name, MIXED)
+    left, exact, eager = None, [], []
+    T = prompt.vision.shape[1]
+    for model, out in ((full, exact), (half, eager)):
+        logits, plan = never_dropping(model, prompt.inputs, config, [turn_of(prompt, T)])
+        out.append(logits.float())
+        left = prompt.inputs["attention_mask"].bool() & ~plan.dropped
+    assert plan.dropped.any()
+    with prune_vision(half, config), torch.no_grad():
+        ours = half(**prompt.inputs).logits.float()
+    error, allowed = ((x - exact[0])[left].abs() for x in (ours, eager[0]))
+    assert error.max() <= 2 * allowed.max() and error.square().mean() <= 4 * allowed.square().mean()
+
+
+def test_compiled_decode_in_one_graph():
+    """torch.compile(fullgraph=True) of generated tokens on a static cache, samples of different lengths."""
+    import torch._dynamo.testing
+
+    model, prompt = model_of("llava", 3), prompt_of("llava", MIXED[:2])
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def run(call):
+        cache, out = _cache(model, static=True), []
+        model(**prompt.inputs, past_key_values=cache)
+        positions = prompt.inputs["attention_mask"].sum(1, keepdim=True)
+        for step in range(3):
+            ids = torch.tensor([[5 + step], [7 + step]])
+            out.append(call(input_ids=ids, position_ids=positions + step, past_key_values=cache).logits)
+        return torch.cat(out, 1)
+
+    config = VisionPruning.fast(first_probe_layer=1, layer_threshold=0.98, token_threshold=0.9)
+    with prune_vision(model, config), torch.no_grad():
+        assert torch.equal(run(compiled), run(model)) and counter.frame_count == 1

@@ -249,7 +249,8 @@ class PruneHandle:
         return (), named
 
     def _after_base(self, module: Any, args: Any, output: Any) -> None:
-        self._waiting.pop(threading.get_ident(), None)
+        if not torch.compiler.is_compiling():  # a compiled step generates a token and leaves nothing waiting
+            self._waiting.pop(threading.get_ident(), None)
 
     def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = {**dict(zip(self._names[module], args, strict=False)), **kwargs}
