@@ -23,6 +23,49 @@ def rotate_interleaved(x, cos, sin, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.conste
 
 
 @triton.jit
+def load_angles(table, b, row, stride_b, stride_t, inside, STEP: tl.constexpr, ROTARY: tl.constexpr,
+                BLOCK_HALF: tl.constexpr):  # fmt: skip
+    """fp32 [BLOCK_T, BLOCK_HALF] of cos or sin [B or 1, T, ROTARY / 2]; `row` [BLOCK_T]. Strides count STEP elements:
+    they are not specialised, since one of them grows with the length, and this is what a load may know of them."""
+    half = tl.arange(0, BLOCK_HALF)[None, :]
+    at = table + b * stride_b * STEP + row.to(tl.int64)[:, None] * stride_t * STEP + half
+    return tl.load(at, mask=inside[:, None] & (half < ROTARY // 2), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rotate_rows(
+    source, target, cos, sin, inside, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Write the rows at pointers `source` [BLOCK_T, 1], rotated by fp32 tiles cos, sin [BLOCK_T, BLOCK_HALF], to
+    `target`; dims from ROTARY on are copied, unless IN_PLACE."""
+    inside = inside[:, None]
+    if INTERLEAVED:
+        pair = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        mask = inside & (pair < ROTARY)
+        x = tl.load(source + pair, mask=mask, other=0.0).to(tl.float32)
+        x = rotate_interleaved(x, cos, sin, BLOCK_T, BLOCK_HALF)
+        if IN_PLACE:
+            # the thread that stores an element need not be the only one that loaded it
+            tl.debug_barrier()
+        tl.store(target + pair, x.to(target.dtype.element_ty), mask=mask)
+    else:
+        half = tl.arange(0, BLOCK_HALF)[None, :]
+        mask = inside & (half < ROTARY // 2)
+        first = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + half + ROTARY // 2, mask=mask, other=0.0).to(tl.float32)
+        first, second = rotate_halves(first, second, cos, sin)
+        if IN_PLACE:
+            tl.debug_barrier()
+        tl.store(target + half, first.to(target.dtype.element_ty), mask=mask)
+        tl.store(target + half + ROTARY // 2, second.to(target.dtype.element_ty), mask=mask)
+    if ROTARY < D and not IN_PLACE:
+        rest = ROTARY + tl.arange(0, BLOCK_REST)[None, :]
+        mask = inside & (rest < D)
+        tl.store(target + rest, tl.load(source + rest, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
 def load_rotated(
     x, cos, sin, mask,
     D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BACK: tl.constexpr,
