@@ -65,7 +65,8 @@ def local_allowed(name: str) -> int:
 def _case(
     name: str, kernel: Any, room: str, capability: int, D: int, dtype: str, feature: dict[str, Any]
 ) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    choice = tiles.tile(room, capability, D, 4 if dtype == "fp32" else 2)
+    holes = bool({"SINKS", "HAS_SOURCE_BEGIN"} & set(feature))
+    choice = tiles.tile(room, capability, D, 4 if dtype == "fp32" else 2, holes)
     values = {
         **PLAIN, "D": D, "ROTARY": D, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "BLOCK_M": choice.block_m, "BLOCK_S": choice.block_s, "BLOCK_C": choice.block_c, "BLOCK_D": tiles.block_d(D),

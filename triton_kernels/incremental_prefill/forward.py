@@ -257,8 +257,7 @@ def attend_kernel(
             seen = there[None, :] & sees_key(low[:, None], high[:, None], j[None, :], sinks, SINKS)
             there = tl.max((seen & asks[:, None]).to(tl.int32), 0) > 0
             s = tl.where(seen, s, float("-inf"))
-        else:
-            # rows end one by one: no test of a whole tile, which would keep triton 3.7.1 from pipelining the loads
+        elif not whole:
             s = tl.where(j[None, :] < tl.minimum(high, stop)[:, None], s, float("-inf"))
         m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
         values = tl.load(

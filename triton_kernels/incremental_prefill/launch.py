@@ -45,7 +45,8 @@ def incremental_prefill(
     windows = (source_window, target_window) if bounded else (0, 0)
     sinks = [max(n, ring_sinks if w else 0) for n, w in zip((source_sinks, target_sinks), windows, strict=True)]
     rows = T * (H // HK)
-    choice = tiles.tile(tiles.forward_kind(rows), capability(q.device), D, q.element_size())
+    holes = source_begin is not None or target_begin is not None or max(*sinks, *windows) > 0
+    choice = tiles.tile(tiles.forward_kind(rows), capability(q.device), D, q.element_size(), holes)
     row_tiles = triton.cdiv(rows, choice.block_m)
     splits = count_splits(q.device, row_tiles * HK * B, choice, sum(capacities) + (0 if written else T))
     parts = _parts(B * HK * rows, splits, D, q.device) if splits > 1 else (lse, lse, lse)
@@ -95,9 +96,12 @@ def shape(choice: tiles.Tile, D: int) -> dict[str, int]:
 
 
 def count_splits(device: torch.device, programs: int, choice: tiles.Tile, keys: int) -> int:
-    """Over how many programs the keys of a row tile are spread: what fills the GPU once, and not more than there can be
+    """Over how many programs the keys of a row tile are spread: what fills the GPU, and not more than there can be
     pairs of tiles."""
-    room = multiprocessors(device) * choice.resident // programs
+    slots = multiprocessors(device) * choice.resident
+    once, twice = slots // programs, 2 * slots // programs
+    # a second wave where one would leave many multiprocessors idle
+    room = twice if twice > 2.16 * once else once
     return max(1, min(room, tiles.MOST_SPLITS, triton.cdiv(keys, 2 * choice.block_s)))
 
 
