@@ -1,4 +1,4 @@
-"""One decoded token over a cache of which a kept list names a few per cent: span_attention (CUDA) beside dense attention.
+"""One decoded token over a cache of which a kept list names a few per cent: span_attention (CUDA) beside dense.
 
 `pytest -s bench/bench_pruned_decode.py`. Device time, inputs rotating through more than twice the L2. Dense is our own
 kernel over the same cache and torch's SDPA. The floor is the kept rows of k and v at the bandwidth of a large read.
