@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from . import cuda_incremental_prefill
+from .cuda_incremental_prefill import incremental_prefill as incremental_prefill
+from .cuda_incremental_prefill import incremental_prefill_backward as incremental_prefill_backward
 
 if TYPE_CHECKING:
     from .select import Call
@@ -112,4 +115,7 @@ def _table(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), batch if x.shape[0] > 1 else 0, row
 
 
-KERNELS: dict[str, Callable[[Call], str | None]] = {"rotate_append": _takes_rotate_append}
+KERNELS: dict[str, Callable[[Call], str | None]] = {
+    "rotate_append": _takes_rotate_append,
+    "incremental_prefill": cuda_incremental_prefill.reason,
+}
