@@ -24,50 +24,45 @@ struct State {
   }
 };
 
+// Where this lane's fragments of q, k and v begin.
 template <class S>
-struct Query {
+struct Fragments {
   static constexpr int kHeld = S::kQueryInRegisters ? S::D / 16 : 1;
+  Lane<S::D, S::kRows> q;
+  Lane<S::D, S::kKeys> k, v;
+  uint32_t query_tile;
   uint32_t held[kHeld][4];
-  uint32_t tile;  // shared address of the query tile
-  int row;        // of this lane's address: first row of the warp + lane % 16
 
-  __device__ __forceinline__ void set(uint32_t query_tile, int first_row) {
-    tile = query_tile;
-    row = first_row + threadIdx.x % 16;
+  __device__ __forceinline__ Fragments(uint32_t tile, int first_row, int first_key)
+      : q(first_row + threadIdx.x % 16, threadIdx.x / 16 % 2),
+        k(first_key + threadIdx.x / 16 % 2 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2),
+        v(first_key + threadIdx.x % 16, threadIdx.x / 16 % 2),
+        query_tile(tile) {
     if constexpr (S::kQueryInRegisters) {
 #pragma unroll
-      for (int i = 0; i < S::D / 16; ++i) load(held[i], i);
-    }
-  }
-  __device__ __forceinline__ void load(uint32_t (&a)[4], int i) const {
-    load_matrices(a, tile + chunk_at<S::D, S::kRows>(row, 2 * i + threadIdx.x / 16 % 2));
-  }
-  __device__ __forceinline__ void get(uint32_t (&a)[4], int i) const {
-    if constexpr (S::kQueryInRegisters) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) a[j] = held[i][j];
-    } else {
-      load(a, i);
+      for (int i = 0; i < S::D / 16; ++i) load_matrices(held[i], q.at(query_tile, i, 0));
     }
   }
 };
 
-// s = q k^T for the warp's keys [first, + kWarpKeys) of the tile at `keys`.
+// s = q k^T for the warp's keys of the tile at `keys`.
 template <class S>
-__device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Query<S>& query, uint32_t keys,
-                                            int first) {
-  const int lane = threadIdx.x % 32;
-  const int row = first + lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+__device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
 #pragma unroll
   for (int n = 0; n < S::kWarpKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
   for (int i = 0; i < S::D / 16; ++i) {
     uint32_t a[4];
-    query.get(a, i);
+    if constexpr (S::kQueryInRegisters) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[j] = f.held[i][j];
+    } else {
+      load_matrices(a, f.q.at(f.query_tile, i, 0));
+    }
 #pragma unroll
     for (int n = 0; n < S::kWarpKeys / 16; ++n) {
       uint32_t k[4];
-      load_matrices(k, keys + chunk_at<S::D, S::kKeys>(row + 16 * n, 2 * i + half));
+      load_matrices(k, f.k.at(keys, i, n));
       multiply_add(typename S::Element{}, s[2 * n], a, k[0], k[1]);
       multiply_add(typename S::Element{}, s[2 * n + 1], a, k[2], k[3]);
     }
@@ -76,16 +71,14 @@ __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], con
 
 // o += p v
 template <class S>
-__device__ __forceinline__ void add_values(State<S>& state, const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values,
-                                           int first) {
-  const int lane = threadIdx.x % 32;
-  const int row = first + lane % 16, half = lane / 16;
+__device__ __forceinline__ void add_values(State<S>& state, const Fragments<S>& f,
+                                           const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
 #pragma unroll
   for (int n = 0; n < S::kWarpKeys / 16; ++n) {
 #pragma unroll
     for (int i = 0; i < S::D / 16; ++i) {
       uint32_t v[4];
-      load_matrices_transposed(v, values + chunk_at<S::D, S::kKeys>(row + 16 * n, 2 * i + half));
+      load_matrices_transposed(v, f.v.at(values, i, n));
       multiply_add(typename S::Element{}, state.o[2 * i], p[n], v[0], v[1]);
       multiply_add(typename S::Element{}, state.o[2 * i + 1], p[n], v[2], v[3]);
     }
@@ -104,32 +97,40 @@ __device__ __forceinline__ void cap_scores(float (&s)[S::kWarpKeys / 8][4], floa
   }
 }
 
-// Folds scores into (m, l), rescales o, and leaves the weights as a product's left side.
+// Weights may grow to 2^kSlack before o and l are rescaled: maxima rise often, but rarely by much.
+constexpr float kSlack = 8.f;
+
+// Folds scores into (m, l), rescales o if it must, and leaves the weights as a product's left side.
 template <class S>
 __device__ __forceinline__ void update(State<S>& state, const float (&s)[S::kWarpKeys / 8][4], float scale,
                                        uint32_t (&p)[S::kWarpKeys / 16][4]) {
   constexpr int kBlocks = S::kWarpKeys / 8;
-  float alpha[2], shift[2];
+  float top[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float top = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
+    top[i] = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
 #pragma unroll
-    for (int n = 1; n < kBlocks; ++n) top = fmaxf(top, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    const float m = fmaxf(state.m[i], top * scale);
-    shift[i] = m == -INFINITY ? 0.f : m;
-    alpha[i] = exp2_fast(state.m[i] - shift[i]);
-    state.m[i] = m;
-    state.l[i] *= alpha[i];
+    for (int n = 1; n < kBlocks; ++n) top[i] = fmaxf(top[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+    top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
+    top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2)) * scale;
   }
-  if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
+  const bool raise[2] = {top[0] > state.m[0] + kSlack, top[1] > state.m[1] + kSlack};
+  if (__any_sync(~0u, raise[0] || raise[1])) {
+    float alpha[2] = {1.f, 1.f};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!raise[i]) continue;
+      alpha[i] = exp2_fast(state.m[i] - top[i]);
+      state.m[i] = top[i];
+      state.l[i] *= alpha[i];
+    }
 #pragma unroll
     for (int i = 0; i < S::D / 8; ++i) {
       state.o[i][0] *= alpha[0], state.o[i][1] *= alpha[0];
       state.o[i][2] *= alpha[1], state.o[i][3] *= alpha[1];
     }
   }
+  const float shift[2] = {state.m[0] == -INFINITY ? 0.f : state.m[0], state.m[1] == -INFINITY ? 0.f : state.m[1]};
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
     float w[4];

@@ -28,6 +28,13 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// The same for shared memory that was only read: global writes under way are not waited for.
+__device__ __forceinline__ void cluster_barrier_after_reads() {
+#if SK_CLUSTERS
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+#endif
+}
+
 // The address of `shared` in block `rank` of the cluster.
 __device__ __forceinline__ uint32_t remote(uint32_t shared, int rank) {
 #if SK_CLUSTERS

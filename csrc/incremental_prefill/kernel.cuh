@@ -21,8 +21,9 @@ struct Header {
   static constexpr int kStatistics = (S::kWarpsS + 1) * S::kRows * 8;
 
   static constexpr int kSession = 128;
+  static constexpr int kRuns = S::kThreads / 32 * 4 * 32;
 
-  static SK_HOST_DEVICE int sights() { return kScratch + kSession + kStatistics; }
+  static SK_HOST_DEVICE int sights() { return kScratch + kSession + kRuns + kStatistics; }
   static SK_HOST_DEVICE int code(int T) { return sights() + 16 * T; }
   static SK_HOST_DEVICE int prefix(int T) { return code(T) + 4 * T; }
   static SK_HOST_DEVICE int bytes(int T, int B) { return (prefix(T) + 4 * (B > 1 ? B + 1 : 0) + 1023) / 1024 * 1024; }
@@ -113,61 +114,131 @@ __device__ __forceinline__ void load_fresh(const Params& p, const Plan& plan, co
   }
 }
 
-// What a block needs to know to load the tiles of one item.
-template <class S>
-struct Source {
-  using Element = typename S::Element;
-  const Params& p;
-  const Session& session;
-  const Hull& hull;
-  int b, hk;
+// Neighbouring tiles of one segment, as the rows of one item see them. All bounds are stream indices.
+struct Run {
+  int segment, first, tiles;
+  int whole_low, whole_high;  // keys in this range can be loaded without looking at each
+  int free_low, free_high;    // keys in this range are seen by every row
+  int unused;
+};
 
-  // tile i of the session's old tiles: its segment and first key
-  __device__ __forceinline__ int segment(int i) const { return i >= session.tiles[0].count(); }
-  __device__ __forceinline__ int first_key(int i) const {
-    const int before = session.tiles[0].count();
-    return (i < before ? session.tiles[0].at(i) : session.tiles[1].at(i - before)) * S::kKeys;
+// Run i of four: source sinks, source, target sinks, target; its part of the old tiles `old`, without those that no row
+// of the item sees.
+template <class S>
+__device__ __forceinline__ Run run_of(const Params& p, const Session& session, const Hull& hull, Range old, int i) {
+  const int segment = i / 2;
+  const bool sinks = i % 2 == 0;
+  const View& view = session.views[segment];
+  const Tiles& tiles = session.tiles[segment];
+  const int before = (segment ? session.tiles[0].count() : 0) + (sinks ? 0 : tiles.sinks);
+  const int n = sinks ? tiles.sinks : tiles.tiles, base = sinks ? 0 : tiles.first;
+  const int low = segment ? hull.begin_min[1] : hull.begin_min[0];
+  const int high = least(segment ? hull.end_max[1] : hull.end_max[0], view.held);
+  const int all_end = least(segment ? hull.end_min[1] : hull.end_min[0], view.held);
+  int begin = base + least(most(old.begin - before, 0), n), end = base + least(most(old.end - before, 0), n);
+  end = least(end, ceil_div(high, S::kKeys));
+  if (!sinks) begin = most(begin, low / S::kKeys);
+  Run run;
+  run.segment = segment;
+  run.first = begin * S::kKeys;
+  run.tiles = most(end - begin, 0);
+  run.whole_low = sinks ? 0 : low;
+  run.whole_high = least(sinks ? least(view.sinks, high) : high, p.segments[segment].capacity);
+  run.free_low = sinks ? 0 : segment ? hull.begin_max[1] : hull.begin_max[0];
+  run.free_high = sinks ? least(view.sinks, all_end) : all_end;
+  run.unused = 0;
+  return run;
+}
+
+// Walks over the tiles of the runs [0, 4).
+struct Cursor {
+  const Run* runs;
+  int run = -1, left = 0, key = 0;
+
+  // true if another run was entered
+  __device__ __forceinline__ bool next(int keys) {
+    key += keys;
+    if (--left > 0) return false;
+    do {
+      ++run;
+      left = runs[run].tiles;
+    } while (left == 0);
+    key = runs[run].first;
+    return true;
   }
-  __device__ __forceinline__ Keys<Element> keys(int segment) const {
-    const Segment& s = p.segments[segment];
-    const View& view = segment ? session.views[1] : session.views[0];
-    Keys<Element> keys;
-    keys.k = static_cast<const Element*>(s.k.data) + b * s.k.batch + hk * s.k.head;
-    keys.v = static_cast<const Element*>(s.v.data) + b * s.v.batch + hk * s.v.head;
-    keys.k_row = s.k.row, keys.v_row = s.v.row;
-    keys.low = segment ? hull.begin_min[1] : hull.begin_min[0];
-    keys.high = least(segment ? hull.end_max[1] : hull.end_max[0], view.held);
-    keys.sinks = view.sinks;
-    keys.capacity = s.capacity, keys.ring_sinks = p.ring_sinks, keys.ring = s.window > 0;
-    return keys;
+};
+
+// Loads the tiles of one item: each thread always the same chunks of the same rows of a tile.
+template <class S>
+struct Loader {
+  using Element = typename S::Element;
+  static constexpr int kThreads = S::kPrivate ? 32 : S::kThreads;
+  static constexpr int kTotal = (S::kPrivate ? S::kWarpKeys : S::kKeys) * S::kChunks;
+  static constexpr bool kEven = kThreads % S::kChunks == 0;  // a thread stays in its column
+  static constexpr int kStep = kEven ? kThreads / S::kChunks : 1;
+
+  Cursor cursor;
+  int begin, whole_low, whole_high;  // first row of the tile that this thread's group loads
+  const Element *k, *v;              // of the head, at this thread's first row and chunk
+  int64_t k_row, v_row;
+
+  __device__ __forceinline__ explicit Loader(const Run* runs)
+      : cursor{runs}, begin(S::kPrivate ? threadIdx.x / 32 * S::kWarpKeys : 0) {}
+
+  __device__ __forceinline__ void open(const Params& p, int b, int hk) {
+    const Run& run = cursor.runs[cursor.run];
+    const Segment& s = p.segments[run.segment];
+    whole_low = run.whole_low, whole_high = run.whole_high;
+    k_row = s.k.row, v_row = s.v.row;
+    k = static_cast<const Element*>(s.k.data) + b * s.k.batch + hk * s.k.head;
+    v = static_cast<const Element*>(s.v.data) + b * s.v.batch + hk * s.v.head;
   }
-  // whether some row of the tile's rows sees some key of it
-  __device__ __forceinline__ bool useful(const Keys<Element>& keys, int first) const {
-    return first < keys.high && (first + S::kKeys > keys.low || first < keys.sinks);
+
+  // Starts the loads of the next tile into a stage, in two groups.
+  __device__ __forceinline__ void issue(const Params& p, const Session& session, const Hull& hull, int b, int hk,
+                                        uint32_t stage) {
+    if (cursor.next(S::kKeys)) open(p, b, hk);
+    const int first = cursor.key + begin, thread = threadIdx.x % kThreads;
+    const bool whole = first >= whole_low && first + kTotal / S::kChunks <= whole_high;
+#pragma unroll 1
+    for (int matrix = 0; matrix < 2; ++matrix) {
+      const int64_t stride = matrix ? v_row : k_row;
+      const Element* from = matrix ? v : k;
+      const uint32_t to = stage + matrix * S::kMatrix;
+      if (whole && kEven) {
+        const int row = thread / S::kChunks, chunk = thread % S::kChunks;
+        const Element* at = from + (first + row) * stride + chunk * 8;
+        const uint32_t there = to + chunk_at<S::D, S::kKeys>(begin + row, chunk);
+#pragma unroll
+        for (int j = 0; j < kTotal / kThreads; ++j) {
+          // kStep rows on: the row's place in its group of eight may change, by a constant
+          copy_async((there ^ (j * kStep % 8 * 16)) + j * kStep * 128, at, true);
+          at += kStep * stride;
+        }
+      } else {
+        slowly(p, session, hull, from, stride, to, first, thread);
+      }
+      close_group();
+    }
   }
-  // whether every row sees every key of it
-  __device__ __forceinline__ bool whole(int segment, int first) const {
-    const View& view = segment ? session.views[1] : session.views[0];
-    const int begin = segment ? hull.begin_max[1] : hull.begin_max[0];
-    const int end = least(segment ? hull.end_min[1] : hull.end_min[0], view.held);
-    return first + S::kKeys <= end && (first >= begin || first + S::kKeys <= view.sinks);
-  }
-  // Starts the loads of tile i into a stage, in two groups; two empty groups when there is no such tile.
-  __device__ __forceinline__ void issue(int i, int end, uint32_t stage) const {
-    if (i < end) {
-      const Keys<Element> from = keys(segment(i));
-      const int first = first_key(i);
-      const bool wanted = useful(from, first);
-      constexpr int kRows = S::kPrivate ? S::kWarpKeys : S::kKeys;
-      constexpr int kCount = S::kPrivate ? 32 : S::kThreads;
-      const int at = S::kPrivate ? threadIdx.x / 32 * S::kWarpKeys : 0, thread = threadIdx.x % kCount;
-      if (wanted) load_rows<S, kRows, kCount>(stage, from.k, from.k_row, from, first + at, at, thread);
-      close_group();
-      if (wanted) load_rows<S, kRows, kCount>(stage + S::kMatrix, from.v, from.v_row, from, first + at, at, thread);
-      close_group();
-    } else {
-      close_group();
-      close_group();
+
+  // The same for any tile, row by row. Rows that must not be read become zeros: what they hold may be NaN.
+  __device__ __forceinline__ void slowly(const Params& p, const Session& session, const Hull& hull,
+                                         const Element* from, int64_t stride, uint32_t to, int first, int thread) {
+    const int segment = cursor.runs[cursor.run].segment;
+    const View& view = session.views[segment];
+    const int low = segment ? hull.begin_min[1] : hull.begin_min[0];
+    const int high = least(segment ? hull.end_max[1] : hull.end_max[0], view.held);
+    const int capacity = p.segments[segment].capacity;
+    const bool ring = p.segments[segment].window > 0;
+#pragma unroll 2
+    for (int i = thread; i < kTotal; i += kThreads) {
+      const int row = i / S::kChunks, chunk = i % S::kChunks, index = first + row;
+      const bool seen = index < high && (index >= low || index < view.sinks);
+      const int slot = seen ? slot_of(index, capacity, p.ring_sinks, ring) : kNoSlot;
+      const bool valid = slot != kNoSlot;
+      copy_async(to + chunk_at<S::D, S::kKeys>(begin + row, chunk), from + (valid ? slot : 0) * stride + chunk * 8,
+                 valid);
     }
   }
 };
@@ -184,57 +255,78 @@ __device__ __forceinline__ void tile_barrier() {
 
 // The item's share of this block: new tiles [fresh.begin, fresh.end), then old tiles [old.begin, old.end).
 template <class S>
-__device__ __forceinline__ void attend(const Params& p, const Plan& plan, const Rows2& rows, const Source<S>& source,
-                                       const Target& at, int valid, Range fresh, Range old, bool write,
+__device__ __forceinline__ void attend(const Params& p, const Plan& plan, const Rows2& rows, const Session& session,
+                                       const Target& at, int valid, Range fresh, Range old, Run* runs,
                                        State<S>& state, char* query_tile, char* stages) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % S::kWarpsM, first = warp / S::kWarpsM * S::kWarpKeys;
   const int depth = plan.stages;
   const uint32_t ring = shared_address(stages);
-  for (int j = 0; j < depth - 1; ++j) source.issue(old.begin + j, old.end, ring + j * S::kStage);
-  load_queries<S>(p, plan, at, valid, query_tile);
-  __syncthreads();
-  Query<S> query;
-  query.set(shared_address(query_tile), warp_m * 16);
+  const Hull hull = hull_of(rows, at.first_row / at.R, (at.first_row + valid - 1) / at.R);
+  // every warp has its own copy
+  runs += 4 * warp;
+  if (lane < 4) runs[lane] = run_of<S>(p, session, hull, old, lane);
+  __syncwarp();
+  int to_load = runs[0].tiles + runs[1].tiles + runs[2].tiles + runs[3].tiles, to_do = to_load;
+  Loader<S> loader(runs);
+  Cursor cursor{runs};
+  int segment = 0, free_low = 0, free_high = 0;
   int t[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     t[i] = least((at.first_row + warp_m * 16 + lane / 4 + 8 * i) / at.R, p.T - 1);
   }
-  const int fresh_count = fresh.end - fresh.begin, count = fresh_count + old.end - old.begin;
-  int stage = 0, next = depth - 1;  // stages of this tile and of the one that is loaded now
+  int stage = 0, next = 0;  // of the tile that is attended to, of the one that is loaded
+  const auto load_next = [&] {
+    if (to_load > 0) {
+      --to_load;
+      loader.issue(p, session, hull, at.b, at.hk, ring + next * S::kStage);
+      next = next + 1 == depth ? 0 : next + 1;
+    } else {
+      close_group();
+      close_group();
+    }
+  };
 #pragma unroll 1
-  for (int step = 0; step < count; ++step) {
-    const bool is_fresh = step < fresh_count;
-    const int tile = is_fresh ? fresh.begin + step : old.begin + step - fresh_count;
-    int segment = 0, key = tile * S::kKeys;
+  for (int j = 0; j < depth - 1; ++j) load_next();
+  load_queries<S>(p, plan, at, valid, query_tile);
+  __syncthreads();
+  const Fragments<S> fragments(shared_address(query_tile), warp_m * 16, first);
+#pragma unroll 1
+  while (fresh.begin < fresh.end || to_do > 0) {
+    const bool is_fresh = fresh.begin < fresh.end;
+    int key;
     uint32_t keys = ring + (depth - 1) * S::kStage;
     if (is_fresh) {
+      // the last stage is not loaded yet
+      key = fresh.begin++ * S::kKeys;
       char* to = stages + (depth - 1) * S::kStage;
-      if (step > 0) __syncthreads();
-      load_fresh<S>(p, plan, rows, at.b, at.hk, key, write, to, to + S::kMatrix);
+      __syncthreads();
+      load_fresh<S>(p, plan, rows, at.b, at.hk, key, at.first_row == 0, to, to + S::kMatrix);
       __syncthreads();
       if (key + first >= p.T) continue;
     } else {
+      --to_do;
       tile_barrier<S>();
-      source.issue(tile + depth - 1, old.end, ring + next * S::kStage);
+      load_next();
+      if (cursor.next(S::kKeys)) {
+        const Run& run = runs[cursor.run];
+        segment = run.segment, free_low = run.free_low, free_high = run.free_high;
+      }
+      key = cursor.key;
       keys = ring + stage * S::kStage;
-      next = stage;
       stage = stage + 1 == depth ? 0 : stage + 1;
-      segment = source.segment(tile);
-      key = source.first_key(tile);
-      if (!source.useful(source.keys(segment), key)) continue;
       wait_groups(2 * depth - 1);
       tile_barrier<S>();
     }
     float s[S::kWarpKeys / 8][4];
     uint32_t weights[S::kWarpKeys / 16][4];
-    make_scores<S>(s, query, keys, first);
+    make_scores<S>(s, fragments, keys);
     if (plan.inner != 0.f) cap_scores<S>(s, plan.inner, plan.outer);
     if (is_fresh) {
-      mask_fresh<S>(s, rows, t, source.session.views, p.T, key + first);
-    } else if (!source.whole(segment, key)) {
-      const View& view = segment ? source.session.views[1] : source.session.views[0];
+      mask_fresh<S>(s, rows, t, session.views, p.T, key + first);
+    } else if (key < free_low || key + S::kKeys > free_high) {
+      const View& view = session.views[segment];
       Sight sights[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -248,7 +340,7 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
       wait_groups(2 * depth - 2);
       tile_barrier<S>();
     }
-    add_values<S>(state, weights, keys + S::kMatrix, first);
+    add_values<S>(state, fragments, weights, keys + S::kMatrix);
   }
   wait_groups<0>();
 }
@@ -287,9 +379,11 @@ __device__ __forceinline__ void merge(const Params& p, const Rows2& rows, const 
   constexpr int kFours = S::D / 4;
   float2* joined = statistics + S::kWarpsS * S::kRows;
   const auto warps = [&](int row, int column) {
-    return join(
-        S::kWarpsS, [&](int i) { return statistics[i * S::kRows + row]; },
+    Part part = nothing();
+    join<S::kWarpsS>(
+        part, S::kWarpsS, [&](int i) { return statistics[i * S::kRows + row]; },
         [&](int i) { return *reinterpret_cast<float4*>(out + (i * S::kRows + row) * S::kOutRow + column); });
+    return part;
   };
   Range mine{0, valid * kFours};
   if (C > 1) {
@@ -311,31 +405,36 @@ __device__ __forceinline__ void merge(const Params& p, const Rows2& rows, const 
   const Partial<S> partial(p.partials, worker, worker * piece.share >= piece.item_begin);
   for (int i = mine.begin + static_cast<int>(threadIdx.x); i < mine.end; i += S::kThreads) {
     const int row = i / kFours, column = i % kFours * 4;
-    const Part part =
-        C == 1 ? warps(row, column)
-               : join(
-                     C, [&](int r) { return load_remote2(remote(joined_address + row * 8, r)); },
-                     [&](int r) { return load_remote4(remote(out_address + (row * S::kOutRow + column) * 4, r)); });
+    Part part = nothing();
+    if (C == 1) {
+      part = warps(row, column);
+    } else {
+      join<8>(
+          part, C, [&](int r) { return load_remote2(remote(joined_address + row * 8, r)); },
+          [&](int r) { return load_remote4(remote(out_address + (row * S::kOutRow + column) * 4, r)); });
+    }
     if (alone) {
       finish<S>(p, at, rows, row, column, part);
     } else {
       partial.put(row, column, part);
     }
   }
-  if (C > 1) {
-    // others may still read this block's shared memory
-    cluster_barrier();
-  }
+  // others may still read this block's shared memory
+  if (C > 1) cluster_barrier_after_reads();
   if (alone || !arrive_last(p.counters + piece.counter, piece.workers, flag)) return;
   for (int i = mine.begin + static_cast<int>(threadIdx.x); i < mine.end; i += S::kThreads) {
     const int row = i / kFours, column = i % kFours * 4;
-    const auto from = [&](int w) {
-      const int other = piece.first_worker + w;
-      return Partial<S>(p.partials, other, other * piece.share >= piece.item_begin);
-    };
-    const Part part = join(
-        piece.workers, [&](int w) { return from(w).statistics(row); },
-        [&](int w) { return from(w).values(row, column); });
+    Part part = nothing();
+#pragma unroll 1
+    for (int w = 0; w < piece.workers; w += 4) {
+      const auto from = [&](int i) {
+        const int other = piece.first_worker + w + i;
+        return Partial<S>(p.partials, other, other * piece.share >= piece.item_begin);
+      };
+      join<4>(
+          part, piece.workers - w, [&](int i) { return from(i).statistics(row); },
+          [&](int i) { return from(i).values(row, column); });
+    }
     finish<S>(p, at, rows, row, column, part);
   }
 }
@@ -358,6 +457,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int smallest = plan.smallest * C;
   Session& session = *reinterpret_cast<Session*>(memory + Layout::kScratch + Layout::kStatistics);
   static_assert(sizeof(Session) <= Layout::kSession, "fits");
+  Run* runs = reinterpret_cast<Run*>(&session) + Layout::kSession / sizeof(Run);
   int known = -1, total, share, each = 0;
   if (p.B == 1) {
     read_session<S>(p, 0, rows, scratch, session);
@@ -407,9 +507,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     State<S> state;
     state.clear();
     if (!idle) {
-      const Hull hull = hull_of(rows, at.first_row / R, (at.first_row + valid - 1) / R);
-      const Source<S> source{p, session, hull, b, at.hk};
-      attend<S>(p, plan, rows, source, at, valid, fresh, old, at.first_row == 0, state, query_tile, stages);
+      attend<S>(p, plan, rows, session, at, valid, fresh, old, runs, state, query_tile, stages);
     }
     __syncthreads();
     float* out = reinterpret_cast<float*>(query_tile);

@@ -19,24 +19,35 @@ struct Part {
   float4 o;
 };
 
-// `statistics(i)` -> (m, l) of source i, `values(i)` -> its o. Sources that saw nothing are not read.
-template <typename Statistics, typename Values>
-__device__ __forceinline__ Part join(int n, Statistics statistics, Values values) {
-  Part part{-INFINITY, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
-#pragma unroll 8
-  for (int i = 0; i < n; ++i) part.m = fmaxf(part.m, statistics(i).x);
-  const float shift = part.m == -INFINITY ? 0.f : part.m;
-#pragma unroll 8
-  for (int i = 0; i < n; ++i) {
-    const float2 ml = statistics(i);
-    if (ml.y == 0.f) continue;
-    const float weight = exp2_fast(ml.x - shift);
-    const float4 o = values(i);
-    part.l += weight * ml.y;
-    part.o.x += weight * o.x, part.o.y += weight * o.y;
-    part.o.z += weight * o.z, part.o.w += weight * o.w;
+// `statistics(i)` -> (m, l) of source i, `values(i)` -> its o. Sources that saw nothing are not read. All reads of up to
+// MOST sources are under way at once.
+template <int MOST, typename Statistics, typename Values>
+__device__ __forceinline__ void join(Part& part, int n, Statistics statistics, Values values) {
+  float2 ml[MOST];
+  float4 o[MOST];
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) ml[i] = i < n ? statistics(i) : make_float2(-INFINITY, 0.f);
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) {
+    o[i] = ml[i].y != 0.f ? values(i) : make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  return part;
+  float m = part.m;
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) m = fmaxf(m, ml[i].x);
+  const float shift = m == -INFINITY ? 0.f : m, before = exp2_fast(part.m - shift);
+  part.m = m;
+  part.l *= before;
+  part.o.x *= before, part.o.y *= before, part.o.z *= before, part.o.w *= before;
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) {
+    const float weight = exp2_fast(ml[i].x - shift);
+    part.l += weight * ml[i].y;
+    part.o.x += weight * o[i].x, part.o.y += weight * o[i].y;
+    part.o.z += weight * o[i].z, part.o.w += weight * o[i].w;
+  }
+}
+__device__ __forceinline__ Part nothing() {
+  return {-INFINITY, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
 }
 
 // Where the rows of one tile go.
@@ -49,7 +60,7 @@ __device__ __forceinline__ void finish(const Params& p, const Target& to, const 
                                        Part part) {
   using Element = typename S::Element;
   const int at = to.first_row + row, t = at / to.R, h = to.hk * to.R + at % to.R;
-  if (rows.sights[t].y < 0) part = {-INFINITY, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+  if (rows.sights[t].y < 0) part = nothing();
   const float lse = part.l == 0.f ? -INFINITY : (part.m + log2_fast(part.l)) * 0.6931471805599453f;
   float gate = part.l == 0.f ? 0.f : 1.f / part.l;
   if (p.sink_logits != nullptr && part.l != 0.f) {
@@ -71,8 +82,8 @@ struct Partial {
 
   static constexpr int64_t kFloats = int64_t{S::kRows} * (S::D + 2);
 
-  __device__ __forceinline__ Partial(float* all, int worker, bool began_before)
-      : o(all + (int64_t{worker} * 2 + (began_before ? 0 : 1)) * kFloats) {}
+  __device__ __forceinline__ Partial(float* all, int worker, bool begins_inside)
+      : o(all + (int64_t{worker} * 2 + (begins_inside ? 0 : 1)) * kFloats) {}
   __device__ __forceinline__ void put(int row, int column, const Part& part) const {
     __stcg(reinterpret_cast<float4*>(o + row * S::D + column), part.o);
     if (column == 0) __stcg(reinterpret_cast<float2*>(o + S::kRows * S::D + 2 * row), make_float2(part.m, part.l));

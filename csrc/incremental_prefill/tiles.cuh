@@ -72,6 +72,23 @@ __device__ __forceinline__ void wait_groups(int n) {
   }
 }
 
+// Addresses of one lane's rows of matrix fragments: chunk 2 i + `half` of its row, for the steps i along D.
+template <int D, int ROWS>
+struct Lane {
+  uint32_t base, tail;  // of whole panels, of the last half panel
+
+  __device__ __forceinline__ Lane(int row, int half)
+      : base(row * 128 + (half ^ (row % 8)) * 16),
+        tail(D / 64 * ROWS * 128 + row * 64 + (half ^ (row / 2 % 4)) * 16) {}
+  // `tile` lies on a 1024-byte border; `down`: whole blocks of 16 rows below
+  __device__ __forceinline__ uint32_t at(uint32_t tile, int i, int down) const {
+    if (D % 64 == 0 || i < D / 64 * 4) {
+      return ((tile + base) ^ (i % 4 * 32)) + i / 4 * ROWS * 128 + down * 16 * 128;
+    }
+    return ((tile + tail) ^ (i % 2 * 32)) + down * 16 * 64;
+  }
+};
+
 // Keys of one segment and head that may be read: stream indices [low, high) and [0, min(sinks, high)).
 template <typename Element>
 struct Keys {
@@ -87,30 +104,5 @@ struct Keys {
     return i < capacity ? i : slot_of(i, capacity, ring_sinks, ring);
   }
 };
-
-// Starts the loads of ROWS rows from stream index `first`, by COUNT threads of which the caller is number `thread`; the
-// first row is row `at` of the tile. Rows that must not be read become zeros: what they hold may be NaN.
-template <class S, int ROWS, int COUNT>
-__device__ __forceinline__ void load_rows(uint32_t to, const typename S::Element* from, int64_t stride,
-                                          const Keys<typename S::Element>& keys, int first, int at, int thread) {
-  constexpr int kTotal = ROWS * S::kChunks;
-  if (first >= keys.low && first + ROWS <= least(keys.high, keys.capacity)) {
-#pragma unroll
-    for (int base = 0; base < kTotal; base += COUNT) {
-      const int i = base + thread;
-      if (kTotal % COUNT != 0 && i >= kTotal) break;
-      const int row = i / S::kChunks, chunk = i % S::kChunks;
-      copy_async(to + chunk_at<S::D, S::kKeys>(at + row, chunk), from + (first + row) * stride + chunk * 8, true);
-    }
-  } else {
-#pragma unroll 2
-    for (int i = thread; i < kTotal; i += COUNT) {
-      const int row = i / S::kChunks, chunk = i % S::kChunks;
-      const int slot = keys.slot(first + row);
-      const bool valid = slot != kNoSlot;
-      copy_async(to + chunk_at<S::D, S::kKeys>(at + row, chunk), from + (valid ? slot : 0) * stride + chunk * 8, valid);
-    }
-  }
-}
 
 }  // namespace sk::incremental_prefill
