@@ -31,13 +31,19 @@ struct Fragments {
   Lane<S::D, S::kRows> q;
   Lane<S::D, S::kKeys> k, v;
   uint32_t query_tile;
+  uint32_t row_bytes, key_bytes;  // of the warpgroup's first row and key in a panel
   uint32_t held[kHeld][4];
 
   __device__ __forceinline__ Fragments(uint32_t tile, int first_row, int first_key)
       : q(first_row + threadIdx.x % 16, threadIdx.x / 16 % 2),
         k(first_key + threadIdx.x / 16 % 2 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2),
         v(first_key + threadIdx.x % 16, threadIdx.x / 16 % 2),
-        query_tile(tile) {
+        query_tile(tile),
+        row_bytes(first_row / 64 * 64 * 128),
+        key_bytes(first_key * 128) {}
+
+  // once the query tile is there
+  __device__ __forceinline__ void read_queries() {
     if constexpr (S::kQueryInRegisters) {
 #pragma unroll
       for (int i = 0; i < S::D / 16; ++i) load_matrices(held[i], q.at(query_tile, i, 0));
@@ -48,23 +54,38 @@ struct Fragments {
 // s = q k^T for the warp's keys of the tile at `keys`.
 template <class S>
 __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
+  if constexpr (S::kWgmma) {
+    open_products();
 #pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
-#pragma unroll
-  for (int i = 0; i < S::D / 16; ++i) {
-    uint32_t a[4];
-    if constexpr (S::kQueryInRegisters) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) a[j] = f.held[i][j];
-    } else {
-      load_matrices(a, f.q.at(f.query_tile, i, 0));
+    for (int i = 0; i < S::D / 16; ++i) {
+      const uint64_t k = describe(keys + f.key_bytes + i / 4 * S::kKeys * 128 + i % 4 * 32, 16);
+      using Scores = Product<typename S::Element, S::kWarpKeys, false>;
+      if constexpr (S::kQueryInRegisters) {
+        Scores::run(s, f.held[i], k, i > 0);
+      } else {
+        Scores::run(s, describe(f.query_tile + f.row_bytes + i / 4 * S::kRows * 128 + i % 4 * 32, 16), k, i > 0);
+      }
     }
+    finish_products();
+  } else {
 #pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
-      uint32_t k[4];
-      load_matrices(k, f.k.at(keys, i, n));
-      multiply_add(typename S::Element{}, s[2 * n], a, k[0], k[1]);
-      multiply_add(typename S::Element{}, s[2 * n + 1], a, k[2], k[3]);
+    for (int n = 0; n < S::kWarpKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < S::D / 16; ++i) {
+      uint32_t a[4];
+      if constexpr (S::kQueryInRegisters) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) a[j] = f.held[i][j];
+      } else {
+        load_matrices(a, f.q.at(f.query_tile, i, 0));
+      }
+#pragma unroll
+      for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+        uint32_t k[4];
+        load_matrices(k, f.k.at(keys, i, n));
+        multiply_add(typename S::Element{}, s[2 * n], a, k[0], k[1]);
+        multiply_add(typename S::Element{}, s[2 * n + 1], a, k[2], k[3]);
+      }
     }
   }
 }
@@ -73,14 +94,24 @@ __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], con
 template <class S>
 __device__ __forceinline__ void add_values(State<S>& state, const Fragments<S>& f,
                                            const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
+  if constexpr (S::kWgmma) {
+    open_products();
 #pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+      const uint64_t v = describe(values + f.key_bytes + n * 16 * 128, S::kKeys * 128);
+      Product<typename S::Element, S::D, true>::run(state.o, p[n], v, true);
+    }
+    finish_products();
+  } else {
 #pragma unroll
-    for (int i = 0; i < S::D / 16; ++i) {
-      uint32_t v[4];
-      load_matrices_transposed(v, f.v.at(values, i, n));
-      multiply_add(typename S::Element{}, state.o[2 * i], p[n], v[0], v[1]);
-      multiply_add(typename S::Element{}, state.o[2 * i + 1], p[n], v[2], v[3]);
+    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+#pragma unroll
+      for (int i = 0; i < S::D / 16; ++i) {
+        uint32_t v[4];
+        load_matrices_transposed(v, f.v.at(values, i, n));
+        multiply_add(typename S::Element{}, state.o[2 * i], p[n], v[0], v[1]);
+        multiply_add(typename S::Element{}, state.o[2 * i + 1], p[n], v[2], v[3]);
+      }
     }
   }
 }

@@ -24,7 +24,7 @@ const Instance* instances() {
   constexpr bool kLarge = D > 128;
   static const Instance all[kInstances] = {
       instance_of<Shape<Element, D, 1, kLarge ? 4 : 8, kLarge ? 64 : 128>>(),
-      instance_of<Shape<Element, D, 4, 2, kLarge ? 32 : 64>>(),
+      instance_of<Shape<Element, D, 4, 2, kLarge ? 64 : 128>>(),
       instance_of<Shape<Element, D, 8, 1, kLarge ? 32 : 64>>(),
   };
   return all;

@@ -21,36 +21,62 @@ struct Header {
   static constexpr int kStatistics = (S::kWarpsS + 1) * S::kRows * 8;
 
   static constexpr int kSession = 128;
-  static constexpr int kRuns = S::kThreads / 32 * 4 * 32;
+  static constexpr int kItems = S::kThreads / 32 * 160;
 
-  static SK_HOST_DEVICE int sights() { return kScratch + kSession + kRuns + kStatistics; }
+  static SK_HOST_DEVICE int sights() { return kScratch + kSession + kItems + kStatistics; }
   static SK_HOST_DEVICE int code(int T) { return sights() + 16 * T; }
   static SK_HOST_DEVICE int prefix(int T) { return code(T) + 4 * T; }
   static SK_HOST_DEVICE int bytes(int T, int B) { return (prefix(T) + 4 * (B > 1 ? B + 1 : 0) + 1023) / 1024 * 1024; }
 };
 
-// Rows [first, first + kRows) of the packed queries into shared memory, rotated; rows that are none become zeros.
+// The rows of the tile among the packed queries into shared memory, rotated. What lies behind them stays as it is: no row
+// ever reaches another one.
 template <class S>
 __device__ __forceinline__ void load_queries(const Params& p, const Plan& plan, const Target& at, int valid,
                                              char* tile) {
   using Element = typename S::Element;
-  const int width = plan.wide_q ? 8 : 1, places = S::D / width;
-  const uint32_t flip = plan.sign < 0.f ? 0x80008000u : 0u;
+  const auto row_of = [&](int row, int& t) {
+    const int m = at.first_row + row;
+    t = divide_by_R(plan, m);
+    const int h = at.hk * plan.R + m - t * plan.R;
+    return static_cast<const Element*>(p.q.data) + at.b * p.q.batch + h * p.q.head + t * p.q.row;
+  };
+  const uint32_t keep = plan.sign == 0.f ? 0u : ~0u, flip = plan.sign < 0.f ? 0x80008000u : 0u;
+  if (plan.wide_q) {
+    constexpr int kPairs = S::D / 16, kInFlight = 1;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < S::kRows * places; i += S::kThreads) {
-    const int row = i / places, column = i % places * width;
-    const int m = at.first_row + row, t = m / at.R, h = at.hk * at.R + m % at.R;
-    const Element* q = static_cast<const Element*>(p.q.data) + at.b * p.q.batch + h * p.q.head + t * p.q.row;
-    const bool used = row < valid && plan.sign != 0.f;
-    char* to = tile + chunk_at<S::D, S::kRows>(row, column / 8);
-    if (plan.wide_q) {
-      uint4 bits = used ? rotated_chunk(p, q, at.b, t, column / 8) : make_uint4(0, 0, 0, 0);
-      bits.x ^= flip, bits.y ^= flip, bits.z ^= flip, bits.w ^= flip;
-      *reinterpret_cast<uint4*>(to) = bits;
-    } else {
-      Element x = used ? rotated_element(p, q, at.b, t, column) : Element{0};
-      x.bits ^= static_cast<uint16_t>(flip);
-      reinterpret_cast<Element*>(to)[column % 8] = x;
+    for (int base = threadIdx.x; base < valid * kPairs; base += kInFlight * S::kThreads) {
+      Pairs<Element> pairs[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int i = base + u * S::kThreads;
+        if (i >= valid * kPairs) break;
+        int t;
+        const Element* q = row_of(i / kPairs, t);
+        pairs[u].load(p, q, at.b, t, i % kPairs);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int i = base + u * S::kThreads;
+        if (i >= valid * kPairs) break;
+        pairs[u].turn(p.interleaved);
+        for (Chunk<Element, 8>* c : {&pairs[u].a, &pairs[u].b}) {
+          uint4& x = c->bits;
+          x = make_uint4((x.x & keep) ^ flip, (x.y & keep) ^ flip, (x.z & keep) ^ flip, (x.w & keep) ^ flip);
+        }
+        *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(i / kPairs, pairs[u].first / 8)) = pairs[u].a.bits;
+        *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(i / kPairs, pairs[u].second / 8)) = pairs[u].b.bits;
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < valid * S::D; i += S::kThreads) {
+      const int row = i / S::D, column = i % S::D;
+      int t;
+      const Element* q = row_of(row, t);
+      Element x = rotated_element(p, q, at.b, t, column);
+      x.bits = static_cast<uint16_t>((x.bits & keep) ^ flip);
+      reinterpret_cast<Element*>(tile + chunk_at<S::D, S::kRows>(row, column / 8))[column % 8] = x;
     }
   }
 }
@@ -75,41 +101,51 @@ struct Home {
   }
 };
 
-// New rows [first, first + kKeys) as a tile, k rotated; and, if `write`, to where they belong in the cache.
+// New rows [first, first + kKeys) as a tile, k rotated; and, if `write`, to where they belong in the cache. Rows that are
+// no keys become zeros.
 template <class S>
 __device__ __forceinline__ void load_fresh(const Params& p, const Plan& plan, const Rows2& rows, int b, int hk,
                                            int first, bool write, char* keys, char* values) {
   using Element = typename S::Element;
   const int used = least(S::kKeys, ceil_div(p.T - first, S::kWarpKeys) * S::kWarpKeys);
-  const int width = plan.wide_kv ? 8 : 1, places = S::D / width;
+  const int places = plan.wide_kv ? S::D / 16 : S::D;
 #pragma unroll 1
   for (int i = threadIdx.x; i < used * places; i += S::kThreads) {
-    const int row = i / places, column = i % places * width, t = first + row;
+    const int row = plan.wide_kv ? i / (S::D / 16) : i / S::D, place = i - row * places, t = first + row;
     const bool is_key = t < p.T && rows.code[t] != kNoKey;
     const Element* k = static_cast<const Element*>(p.k.data) + b * p.k.batch + hk * p.k.head + t * p.k.row;
     const Element* v = static_cast<const Element*>(p.v.data) + b * p.v.batch + hk * p.v.head + t * p.v.row;
     Home<Element> home;
-    if (write && t < p.T) home.find(p, rows, b, hk, t, hk == 0 && column == 0);
-    const int to = chunk_at<S::D, S::kKeys>(row, column / 8) + column % 8 * 2;
+    if (write && t < p.T) home.find(p, rows, b, hk, t, hk == 0 && place == 0);
     if (plan.wide_kv) {
-      uint4 key = make_uint4(0, 0, 0, 0), value = key;
+      Pairs<Element> key{};
+      uint4 value[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+      key.first = place * 16, key.second = place * 16 + 8;
       if (is_key) {
-        value = __ldg(reinterpret_cast<const uint4*>(v + column));
-        key = rotated_chunk(p, k, b, t, column / 8);
+        key.load(p, k, b, t, place);
+        value[0] = __ldg(reinterpret_cast<const uint4*>(v + key.first));
+        value[1] = __ldg(reinterpret_cast<const uint4*>(v + key.second));
+        key.turn(p.interleaved);
       }
-      *reinterpret_cast<uint4*>(keys + to) = key;
-      *reinterpret_cast<uint4*>(values + to) = value;
+      const int to[2] = {chunk_at<S::D, S::kKeys>(row, key.first / 8), chunk_at<S::D, S::kKeys>(row, key.second / 8)};
+      *reinterpret_cast<uint4*>(keys + to[0]) = key.a.bits;
+      *reinterpret_cast<uint4*>(keys + to[1]) = key.b.bits;
+      *reinterpret_cast<uint4*>(values + to[0]) = value[0];
+      *reinterpret_cast<uint4*>(values + to[1]) = value[1];
       if (home.k == nullptr) continue;
-      *reinterpret_cast<uint4*>(home.k + column) = key;
-      *reinterpret_cast<uint4*>(home.v + column) = value;
+      *reinterpret_cast<uint4*>(home.k + key.first) = key.a.bits;
+      *reinterpret_cast<uint4*>(home.k + key.second) = key.b.bits;
+      *reinterpret_cast<uint4*>(home.v + key.first) = value[0];
+      *reinterpret_cast<uint4*>(home.v + key.second) = value[1];
     } else {
-      const Element key = is_key ? rotated_element(p, k, b, t, column) : Element{0};
-      const Element value = is_key ? v[column] : Element{0};
+      const int to = chunk_at<S::D, S::kKeys>(row, place / 8) + place % 8 * 2;
+      const Element key = is_key ? rotated_element(p, k, b, t, place) : Element{0};
+      const Element value = is_key ? v[place] : Element{0};
       *reinterpret_cast<Element*>(keys + to) = key;
       *reinterpret_cast<Element*>(values + to) = value;
       if (home.k == nullptr) continue;
-      home.k[column] = key;
-      home.v[column] = value;
+      home.k[place] = key;
+      home.v[place] = value;
     }
   }
 }
@@ -150,6 +186,12 @@ __device__ __forceinline__ Run run_of(const Params& p, const Session& session, c
   return run;
 }
 
+// What a warp keeps of its item in shared memory.
+struct Item {
+  Run runs[4];
+  Hull hull;
+};
+
 // Walks over the tiles of the runs [0, 4).
 struct Cursor {
   const Run* runs;
@@ -180,7 +222,6 @@ struct Loader {
   Cursor cursor;
   int begin, whole_low, whole_high;  // first row of the tile that this thread's group loads
   const Element *k, *v;              // of the head, at this thread's first row and chunk
-  int64_t k_row, v_row;
 
   __device__ __forceinline__ explicit Loader(const Run* runs)
       : cursor{runs}, begin(S::kPrivate ? threadIdx.x / 32 * S::kWarpKeys : 0) {}
@@ -189,12 +230,11 @@ struct Loader {
     const Run& run = cursor.runs[cursor.run];
     const Segment& s = p.segments[run.segment];
     whole_low = run.whole_low, whole_high = run.whole_high;
-    k_row = s.k.row, v_row = s.v.row;
     k = static_cast<const Element*>(s.k.data) + b * s.k.batch + hk * s.k.head;
     v = static_cast<const Element*>(s.v.data) + b * s.v.batch + hk * s.v.head;
   }
 
-  // Starts the loads of the next tile into a stage, in two groups.
+  // Starts the loads of the next tile into a stage.
   __device__ __forceinline__ void issue(const Params& p, const Session& session, const Hull& hull, int b, int hk,
                                         uint32_t stage) {
     if (cursor.next(S::kKeys)) open(p, b, hk);
@@ -202,7 +242,8 @@ struct Loader {
     const bool whole = first >= whole_low && first + kTotal / S::kChunks <= whole_high;
 #pragma unroll 1
     for (int matrix = 0; matrix < 2; ++matrix) {
-      const int64_t stride = matrix ? v_row : k_row;
+      const Segment& segment = p.segments[cursor.runs[cursor.run].segment];
+      const int64_t stride = matrix ? segment.v.row : segment.k.row;
       const Element* from = matrix ? v : k;
       const uint32_t to = stage + matrix * S::kMatrix;
       if (whole && kEven) {
@@ -218,7 +259,6 @@ struct Loader {
       } else {
         slowly(p, session, hull, from, stride, to, first, thread);
       }
-      close_group();
     }
   }
 
@@ -243,30 +283,41 @@ struct Loader {
   }
 };
 
-// Waits for others that read or write the same part of shared memory.
+// After a wait for one's own loads: all loads of the tile have arrived, and all warps are done with the tile before.
 template <class S>
 __device__ __forceinline__ void tile_barrier() {
+  if constexpr (S::kWgmma) publish();
   if constexpr (S::kPrivate) {
     __syncwarp();
   } else {
     __syncthreads();
   }
 }
+template <class S>
+__device__ __forceinline__ void block_barrier() {
+  if constexpr (S::kWgmma) publish();
+  __syncthreads();
+}
 
 // The item's share of this block: new tiles [fresh.begin, fresh.end), then old tiles [old.begin, old.end).
 template <class S>
 __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const Rows2& rows, const Session& session,
-                                       const Target& at, int valid, Range fresh, Range old, Run* runs,
+                                       const Target& at, int valid, Range fresh, Range old, Item* items,
                                        State<S>& state, char* query_tile, char* stages) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % S::kWarpsM, first = warp / S::kWarpsM * S::kWarpKeys;
   const int depth = plan.stages;
   const uint32_t ring = shared_address(stages);
-  const Hull hull = hull_of(rows, at.first_row / at.R, (at.first_row + valid - 1) / at.R);
   // every warp has its own copy
-  runs += 4 * warp;
-  if (lane < 4) runs[lane] = run_of<S>(p, session, hull, old, lane);
-  __syncwarp();
+  Item& item = items[warp];
+  Run* runs = item.runs;
+  const Hull& hull = item.hull;
+  {
+    const Hull found = hull_of(rows, divide_by_R(plan, at.first_row), divide_by_R(plan, at.first_row + valid - 1));
+    if (lane == 4) item.hull = found;
+    if (lane < 4) runs[lane] = run_of<S>(p, session, found, old, lane);
+    __syncwarp();
+  }
   int to_load = runs[0].tiles + runs[1].tiles + runs[2].tiles + runs[3].tiles, to_do = to_load;
   Loader<S> loader(runs);
   Cursor cursor{runs};
@@ -274,27 +325,23 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
   int t[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    t[i] = least((at.first_row + warp_m * 16 + lane / 4 + 8 * i) / at.R, p.T - 1);
+    t[i] = least(divide_by_R(plan, at.first_row + warp_m * 16 + lane / 4 + 8 * i), p.T - 1);
   }
+  Fragments<S> fragments(shared_address(query_tile), warp_m * 16, first);
   int stage = 0, next = 0;  // of the tile that is attended to, of the one that is loaded
-  const auto load_next = [&] {
-    if (to_load > 0) {
-      --to_load;
-      loader.issue(p, session, hull, at.b, at.hk, ring + next * S::kStage);
-      next = next + 1 == depth ? 0 : next + 1;
-    } else {
-      close_group();
-      close_group();
+  int ahead = depth - 1;    // loads to start before anything else
+  bool ready = false;
+#pragma unroll 1
+  while (true) {
+    const bool is_fresh = ahead == 0 && fresh.begin < fresh.end;
+    if (ahead == 0 && !ready) {
+      // queries and new rows are read while the first tiles are under way
+      load_queries<S>(p, plan, at, valid, query_tile);
+      state.clear();
+      block_barrier<S>();
+      fragments.read_queries();
+      ready = true;
     }
-  };
-#pragma unroll 1
-  for (int j = 0; j < depth - 1; ++j) load_next();
-  load_queries<S>(p, plan, at, valid, query_tile);
-  __syncthreads();
-  const Fragments<S> fragments(shared_address(query_tile), warp_m * 16, first);
-#pragma unroll 1
-  while (fresh.begin < fresh.end || to_do > 0) {
-    const bool is_fresh = fresh.begin < fresh.end;
     int key;
     uint32_t keys = ring + (depth - 1) * S::kStage;
     if (is_fresh) {
@@ -303,12 +350,28 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
       char* to = stages + (depth - 1) * S::kStage;
       __syncthreads();
       load_fresh<S>(p, plan, rows, at.b, at.hk, key, at.first_row == 0, to, to + S::kMatrix);
-      __syncthreads();
+      block_barrier<S>();
       if (key + first >= p.T) continue;
     } else {
-      --to_do;
-      tile_barrier<S>();
-      load_next();
+      if (ahead == 0) {
+        if (to_do-- == 0) break;
+        if (depth > 1) wait_groups(depth - 2);
+        tile_barrier<S>();
+      }
+      if (to_load > 0) {
+        --to_load;
+        loader.issue(p, session, hull, at.b, at.hk, ring + next * S::kStage);
+        next = next + 1 == depth ? 0 : next + 1;
+      }
+      close_group();
+      if (ahead > 0) {
+        --ahead;
+        continue;
+      }
+      if (depth == 1) {
+        wait_groups<0>();
+        tile_barrier<S>();
+      }
       if (cursor.next(S::kKeys)) {
         const Run& run = runs[cursor.run];
         segment = run.segment, free_low = run.free_low, free_high = run.free_high;
@@ -316,8 +379,6 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
       key = cursor.key;
       keys = ring + stage * S::kStage;
       stage = stage + 1 == depth ? 0 : stage + 1;
-      wait_groups(2 * depth - 1);
-      tile_barrier<S>();
     }
     float s[S::kWarpKeys / 8][4];
     uint32_t weights[S::kWarpKeys / 16][4];
@@ -336,10 +397,6 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
       mask_old<S>(s, sights, view.sinks, key + first);
     }
     update<S>(state, s, plan.scale, weights);
-    if (!is_fresh) {
-      wait_groups(2 * depth - 2);
-      tile_barrier<S>();
-    }
     add_values<S>(state, fragments, weights, keys + S::kMatrix);
   }
   wait_groups<0>();
@@ -373,7 +430,7 @@ struct Piece {
 
 // Joins warps, blocks and workers; whoever is last writes o and lse.
 template <class S>
-__device__ __forceinline__ void merge(const Params& p, const Rows2& rows, const Target& at, const Piece& piece,
+__device__ __forceinline__ void merge(const Params& p, const Plan& plan, const Rows2& rows, const Target& at, const Piece& piece,
                                       int valid, bool idle, int worker, float* out, float2* statistics, int* flag) {
   const int C = cluster_size(), rank = blockIdx.x % C;
   constexpr int kFours = S::D / 4;
@@ -414,7 +471,7 @@ __device__ __forceinline__ void merge(const Params& p, const Rows2& rows, const 
           [&](int r) { return load_remote4(remote(out_address + (row * S::kOutRow + column) * 4, r)); });
     }
     if (alone) {
-      finish<S>(p, at, rows, row, column, part);
+      finish<S>(p, plan, at, rows, row, column, part);
     } else {
       partial.put(row, column, part);
     }
@@ -435,7 +492,7 @@ __device__ __forceinline__ void merge(const Params& p, const Rows2& rows, const 
           part, piece.workers - w, [&](int i) { return from(i).statistics(row); },
           [&](int i) { return from(i).values(row, column); });
     }
-    finish<S>(p, at, rows, row, column, part);
+    finish<S>(p, plan, at, rows, row, column, part);
   }
 }
 
@@ -453,24 +510,24 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   char* stages = query_tile + S::kQuery;
 
   const int C = cluster_size(), worker = blockIdx.x / C, rank = blockIdx.x % C, workers = gridDim.x / C;
-  const int R = p.H / p.HK, M = p.T * R, tiles_m = ceil_div(M, S::kRows), items_each = p.HK * tiles_m;
-  const int smallest = plan.smallest * C;
+  const int M = p.T * plan.R, items_each = p.HK * plan.tiles_m;
   Session& session = *reinterpret_cast<Session*>(memory + Layout::kScratch + Layout::kStatistics);
   static_assert(sizeof(Session) <= Layout::kSession, "fits");
-  Run* runs = reinterpret_cast<Run*>(&session) + Layout::kSession / sizeof(Run);
+  Item* items = reinterpret_cast<Item*>(reinterpret_cast<char*>(&session) + Layout::kSession);
+  static_assert(sizeof(Item) * S::kThreads / 32 == Layout::kItems, "fits");
   int known = -1, total, share, each = 0;
   if (p.B == 1) {
     read_session<S>(p, 0, rows, scratch, session);
     known = 0;
     const int steps = steps_of(session, p.T, S::kKeys);
-    const Shares shares = even_shares(items_each, steps, workers, smallest);
+    const Shares shares = even_shares(steps, plan.workers_each, plan.fits, plan.smallest);
     each = shares.per_item > 0 ? shares.per_item : steps;
     total = each * items_each;
-    share = shares.per_item > 0 ? shares.share : uneven_share(total, workers, smallest);
+    share = shares.per_item > 0 ? shares.share : uneven_share(total, workers, plan.smallest);
   } else {
     plan_sessions<S>(p, items_each, prefix);
     total = prefix[p.B];
-    share = uneven_share(total, workers, smallest);
+    share = uneven_share(total, workers, plan.smallest);
   }
   int now = worker * share;
   const int until = least(now + share, total);
@@ -483,17 +540,18 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         if (b + step < p.B && prefix[b + step] <= now) b += step;
       }
       before = prefix[b];
-      each = (prefix[b + 1] - before) / items_each;
+      each = divide(prefix[b + 1] - before, items_each);
     }
     if (b != known) {
       __syncthreads();
       read_session<S>(p, b, rows, scratch, session);
       known = b;
     }
-    const int item = (now - before) / each;
+    const int item = divide(now - before, each);
     const int steps = steps_of(session, p.T, S::kKeys);
     const int item_begin = before + item * each;
-    const Target at{b, item / tiles_m, item % tiles_m * S::kRows, R};
+    const int hk = plan.tiles_m == 1 ? item : divide(item, plan.tiles_m);
+    const Target at{b, hk, (item - hk * plan.tiles_m) * S::kRows};
     const int valid = least(S::kRows, M - at.first_row);
     const Range piece{now - item_begin, least(until - item_begin, steps)};
     const Range part = part_of(piece, rank, C);
@@ -505,18 +563,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const Range old{least(most(part.begin - counted, 0), old_count), least(most(part.end - counted, 0), old_count)};
     const bool idle = part.end == part.begin;
     State<S> state;
-    state.clear();
     if (!idle) {
-      attend<S>(p, plan, rows, session, at, valid, fresh, old, runs, state, query_tile, stages);
+      attend<S>(p, plan, rows, session, at, valid, fresh, old, items, state, query_tile, stages);
     }
     __syncthreads();
     float* out = reinterpret_cast<float*>(query_tile);
     if (!idle) park<S>(state, valid, out, statistics);
     __syncthreads();
-    const int first_worker = item_begin / share, last_worker = (item_begin + steps - 1) / share;
+    const int first_worker = divide(item_begin, share), last_worker = divide(item_begin + steps - 1, share);
     const Piece of{(int64_t{b} * items_each + item) * C + rank, first_worker, last_worker - first_worker + 1,
                    item_begin, share};
-    merge<S>(p, rows, at, of, valid, idle, worker, out, statistics, scratch);
+    merge<S>(p, plan, rows, at, of, valid, idle, worker, out, statistics, scratch);
     __syncthreads();
   }
 }

@@ -26,6 +26,7 @@ namespace {
 
 constexpr int kHeadDims[] = {64, 96, 128, 256};
 constexpr int kMaxStages = 6, kMaxDevices = 64, kClusterSizes = 4;  // clusters of 1, 2, 4, 8 blocks
+constexpr int kWorthABlock = 128;  // keys
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename Element>
@@ -144,8 +145,7 @@ found:
 bool wide_angles(const Params& p) {
   if (p.rotary_dim == 0) return true;
   const int size = p.angles_fp32 ? 4 : 2;
-  const int run = p.interleaved ? p.rotary_dim : p.rotary_dim / 2;
-  return run % 8 == 0 && aligned(p.cosine, size) && aligned(p.sine, size);
+  return p.rotary_dim % 16 == 0 && aligned(p.cosine, size) && aligned(p.sine, size);
 }
 
 }  // namespace
@@ -180,7 +180,13 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   const int workers = workers_of(c, device);
   Plan plan{};
   plan.stages = c.stages;
-  plan.smallest = std::max(1, (tuning().smallest ? tuning().smallest : 128) / c.instance->keys);
+  const int steps = std::max(1, (tuning().smallest ? tuning().smallest : kWorthABlock) / c.instance->keys) * c.cluster;
+  while (1 << (plan.smallest + 1) <= steps) ++plan.smallest;
+  plan.R = p.H / p.HK;
+  plan.by_R = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.R - 1) / plan.R);
+  plan.tiles_m = c.items / (p.B * p.HK);
+  plan.workers_each = workers / c.items;
+  plan.fits = plan.workers_each * c.items * 10 >= workers * 9;
   const bool angles = wide_angles(p);
   plan.wide_q = angles && aligned(p.q, 2);
   plan.wide_kv = angles && aligned(p.k, 2) && aligned(p.v, 2);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "incremental_prefill/cluster.cuh"
+#include "incremental_prefill/instance.h"
 #include "incremental_prefill/mma.cuh"
 #include "incremental_prefill/params.h"
 #include "incremental_prefill/rows.cuh"
@@ -52,14 +53,14 @@ __device__ __forceinline__ Part nothing() {
 
 // Where the rows of one tile go.
 struct Target {
-  int b, hk, first_row, R;
+  int b, hk, first_row;
 };
 
 template <class S>
-__device__ __forceinline__ void finish(const Params& p, const Target& to, const Rows2& rows, int row, int column,
+__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, const Rows2& rows, int row, int column,
                                        Part part) {
   using Element = typename S::Element;
-  const int at = to.first_row + row, t = at / to.R, h = to.hk * to.R + at % to.R;
+  const int at = to.first_row + row, t = divide_by_R(plan, at), h = to.hk * plan.R + at - t * plan.R;
   if (rows.sights[t].y < 0) part = nothing();
   const float lse = part.l == 0.f ? -INFINITY : (part.m + log2_fast(part.l)) * 0.6931471805599453f;
   float gate = part.l == 0.f ? 0.f : 1.f / part.l;

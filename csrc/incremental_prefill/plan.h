@@ -21,6 +21,18 @@ SK_HOST_DEVICE int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
+// a / b for 0 <= a, 0 < b and a quotient below 2^20: a fraction of what an exact division costs
+SK_HOST_DEVICE int divide(int a, int b) {
+#if defined(__CUDA_ARCH__)
+  int q = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));
+  const int rest = a - q * b;
+  q += rest >= b ? 1 : rest < 0 ? -1 : 0;
+  return q;
+#else
+  return a / b;
+#endif
+}
+
 // What the rows of one session ask for, as sums, minima and maxima: what a group of threads can reduce.
 struct Census {
   int rows[2];                // source and target rows
@@ -152,17 +164,16 @@ struct Shares {
   int share;     // steps of a worker
 };
 
-// items alike, each of `steps`: cut so that a share never straddles two items, unless that leaves workers idle
-SK_HOST_DEVICE Shares even_shares(int items, int steps, int workers, int smallest) {
-  const int each = workers / items;
-  const bool fits = each > 0 && each * items * 10 >= workers * 9;
-  const int wanted = steps / smallest;
-  if (!fits && (each == 0 || wanted > each)) return {0, 0};
-  const int share = ceil_div(steps, most(1, least(each, wanted)));
-  return {ceil_div(steps, share) * share, share};
+// Items alike, each of `steps`, for which there are `each` workers apiece (`fits`: hardly any is left over), cut so that
+// a share never straddles two items, unless that leaves workers idle. 2^smallest steps are worth a worker.
+SK_HOST_DEVICE Shares even_shares(int steps, int each, bool fits, int smallest) {
+  const int wanted = steps >> smallest;
+  if (each == 0 || (!fits && wanted > each)) return {0, 0};
+  const int share = divide(steps - 1, most(1, least(each, wanted))) + 1;
+  return {(divide(steps - 1, share) + 1) * share, share};
 }
 SK_HOST_DEVICE int uneven_share(int total, int workers, int smallest) {
-  return most(1, ceil_div(total, most(1, least(workers, total / smallest))));
+  return most(1, ceil_div(total, most(1, least(workers, total >> smallest))));
 }
 
 // Part `i` of `n` of the range [begin, end).

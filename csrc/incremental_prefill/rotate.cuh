@@ -14,49 +14,52 @@ __device__ __forceinline__ float angle(const void* table, int64_t at, bool fp32)
   return fp32 ? static_cast<const float*>(table)[at] : to_float(static_cast<const Element*>(table)[at]);
 }
 
-// Columns [8 chunk, + 8) of row t of session b, whose elements begin at `row`; all accesses lie on 16-byte borders.
+// Two chunks of eight columns of a row, on their way from memory, with their angles; pair `c` of D / 16. Halves: the two
+// are turned against each other; interleaved: each in itself. All accesses lie on 16-byte borders.
 template <typename Element>
-__device__ __forceinline__ uint4 rotated_chunk(const Params& p, const Element* row, int b, int t, int chunk) {
-  const int column = chunk * 8, rotary_dim = p.rotary_dim, half = rotary_dim / 2;
-  if (column >= rotary_dim) return __ldg(reinterpret_cast<const uint4*>(row + column));
-  const int64_t cosine = b * p.cosine.batch + t * p.cosine.row, sine = b * p.sine.batch + t * p.sine.row;
-  float out[8];
-  if (!p.interleaved) {
-    const bool low = column < half;
-    const int partner = low ? column + half : column - half, first = low ? column : column - half;
-    Chunk<Element, 8> own, other;
-    own.load(row + column);
-    other.load(row + partner);
-    float x[8], y[8], c[8], s[8];
-    load_angles<Element, 8>(c, p.cosine.data, cosine + first, p.angles_fp32);
-    load_angles<Element, 8>(s, p.sine.data, sine + first, p.angles_fp32);
-    own.unpack(x);
-    other.unpack(y);
+struct Pairs {
+  Chunk<Element, 8> a, b;
+  float cosine[8], sine[8];
+  int first, second;  // columns
+  bool turned;
+
+  __device__ __forceinline__ void load(const Params& p, const Element* row, int b_, int t, int c) {
+    const int half = p.rotary_dim / 2;
+    turned = c * 16 < p.rotary_dim;
+    const bool halves = turned && !p.interleaved;
+    first = halves ? c * 8 : c * 16;
+    second = first + (halves ? half : 8);
+    a.load(row + first);
+    b.load(row + second);
+    if (!turned) return;
+    const int64_t cosine_at = b_ * p.cosine.batch + t * p.cosine.row + c * 8;
+    const int64_t sine_at = b_ * p.sine.batch + t * p.sine.row + c * 8;
+    load_angles<Element, 8>(cosine, p.cosine.data, cosine_at, p.angles_fp32);
+    load_angles<Element, 8>(sine, p.sine.data, sine_at, p.angles_fp32);
+  }
+
+  __device__ __forceinline__ void turn(bool interleaved) {
+    if (!turned) return;
+    float x[8], y[8];
+    a.unpack(x);
+    b.unpack(y);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const Pair turned = low ? rotate_pair(x[i], y[i], c[i], s[i]) : rotate_pair(y[i], x[i], c[i], s[i]);
-      out[i] = low ? turned.x : turned.y;
+      if (!interleaved) {
+        const Pair pair = rotate_pair(x[i], y[i], cosine[i], sine[i]);
+        x[i] = pair.x, y[i] = pair.y;
+      } else {
+        float(&z)[8] = i < 4 ? x : y;
+        const Pair pair = rotate_pair(z[2 * i % 8], z[2 * i % 8 + 1], cosine[i], sine[i]);
+        z[2 * i % 8] = pair.x, z[2 * i % 8 + 1] = pair.y;
+      }
     }
-  } else {
-    Chunk<Element, 8> own;
-    own.load(row + column);
-    float x[8], c[4], s[4];
-    load_angles<Element, 4>(c, p.cosine.data, cosine + column / 2, p.angles_fp32);
-    load_angles<Element, 4>(s, p.sine.data, sine + column / 2, p.angles_fp32);
-    own.unpack(x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Pair turned = rotate_pair(x[2 * i], x[2 * i + 1], c[i], s[i]);
-      out[2 * i] = turned.x;
-      out[2 * i + 1] = turned.y;
-    }
+    a.pack(x);
+    b.pack(y);
   }
-  Chunk<Element, 8> packed;
-  packed.pack(out);
-  return packed.bits;
-}
+};
 
-// Column `at` of the same row, for any alignment.
+// Column `at` of row t of session b, whose elements begin at `row`, for any alignment.
 template <typename Element>
 __device__ __forceinline__ Element rotated_element(const Params& p, const Element* row, int b, int t, int at) {
   if (at >= p.rotary_dim) return row[at];

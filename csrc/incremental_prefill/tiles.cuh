@@ -8,6 +8,7 @@
 
 #include "incremental_prefill/mma.cuh"
 #include "incremental_prefill/plan.h"
+#include "incremental_prefill/wgmma.cuh"
 #include "streamkernels/slots.cuh"
 
 namespace sk::incremental_prefill {
@@ -31,6 +32,7 @@ struct Shape {
   // a warp that has all rows loads its own keys, and no other warp reads them
   static constexpr bool kPrivate = WARPS_M == 1;
   static constexpr bool kQueryInRegisters = D <= 128;
+  static constexpr bool kWgmma = SK_WGMMA && WARPS_M % 4 == 0 && D % 64 == 0;
   static_assert(kWarpKeys % 16 == 0 && D % 32 == 0, "whole 16 x 16 blocks");
 };
 
@@ -54,21 +56,14 @@ template <int N>
 __device__ __forceinline__ void wait_groups() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
-// Waits until at most `n` of the calling thread's groups are on their way; n is odd or 0 at will, up to 11.
+// Waits until at most `n` of the calling thread's groups are on their way; n at most 4.
 __device__ __forceinline__ void wait_groups(int n) {
   switch (n) {
     case 0: return wait_groups<0>();
     case 1: return wait_groups<1>();
     case 2: return wait_groups<2>();
     case 3: return wait_groups<3>();
-    case 4: return wait_groups<4>();
-    case 5: return wait_groups<5>();
-    case 6: return wait_groups<6>();
-    case 7: return wait_groups<7>();
-    case 8: return wait_groups<8>();
-    case 9: return wait_groups<9>();
-    case 10: return wait_groups<10>();
-    default: return wait_groups<11>();
+    default: return wait_groups<4>();
   }
 }
 
