@@ -113,4 +113,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
-    return "-" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"

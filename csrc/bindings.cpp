@@ -4,9 +4,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "compact/bind.h"
+#include "reanchor/bind.h"
+#include "rotate/bind.h"
 #include "rotate_append/params.h"
+#include "select_tokens/bind.h"
+#include "span_attention/bind.h"
 #include "streamkernels/error.h"
 #include "streamkernels/runtime.h"
+#include "token_scores/bind.h"
 
 namespace py = pybind11;
 
@@ -90,6 +96,23 @@ void bind_rotate_append(py::module_& m) {
         arg("stream"));
 }
 
+void bind_pruned(py::module_& m) {
+  sk::token_scores::bind(m);
+  sk::select_tokens::bind(m);
+  sk::compact::bind(m);
+  sk::rotate::bind(m);
+  sk::reanchor::bind(m);
+  sk::span_attention::bind(m);
+}
+
+void preload_pruned(int device) {
+  sk::token_scores::preload(device);
+  sk::select_tokens::preload(device);
+  sk::compact::preload(device);
+  sk::rotate::preload(device);
+  sk::span_attention::preload(device);
+}
+
 // streamkernels.CudaError lives in Python, so that it can be named without this module
 void raise_cuda_error(const sk::CudaError& e) {
   const py::object type = py::module_::import("streamkernels._ext").attr("CudaError");
@@ -114,6 +137,13 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   m.def("unavailable_reason", &sk::unavailable_reason, py::arg("device") = -1);
-  m.def("preload", [](int device) { sk::rotate_append::preload(device); }, py::arg("device"));
+  m.def(
+      "preload",
+      [](int device) {
+        sk::rotate_append::preload(device);
+        preload_pruned(device);
+      },
+      py::arg("device"));
   bind_rotate_append(m);
+  bind_pruned(m);
 }

@@ -63,8 +63,8 @@ def reason(call: Any) -> str | None:
 
 
 @functools.cache
-def _launch(op: str, function: str) -> Any:
-    return getattr(importlib.import_module(f"streamkernels.triton_kernels.{op}.launch"), function)
+def _launch(op: str, function: str, file: str = "launch") -> Any:
+    return getattr(importlib.import_module(f"streamkernels.triton_kernels.{op}.{file}"), function)
 
 
 def rotate_append(*arguments: Any) -> None:
@@ -136,7 +136,7 @@ def incremental_prefill(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def incremental_prefill_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.incremental_prefill_backward` with the same raw arguments."""
-    return _launch("incremental_prefill", "incremental_prefill_backward")(*arguments)
+    return _launch("incremental_prefill", "incremental_prefill_backward", "launch_backward")(*arguments)
 
 
 def warmup(

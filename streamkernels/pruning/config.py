@@ -92,6 +92,10 @@ class VisionPruning:
             object.__setattr__(self, "schedule", _schedule(self.schedule))
         elif self.score != "norm":
             refuse(OP, "score", "'norm', unless there is a schedule", self.score)
+        first = self.first_probe_layer if self.schedule is None else min(self.schedule)
+        if first < len(self.shallow):
+            name = "first_probe_layer" if self.schedule is None else "schedule"
+            refuse(OP, name, f"a layer of at least {len(self.shallow)}, behind the shallow ones", first)
         if not self.decode_sees_shallow and not self.shallow:
             refuse(OP, "decode_sees_shallow", "True, because there are no shallow layers", False)
 

@@ -89,13 +89,15 @@ class Stages:
 
     The owner asks `start()` before layer 0 and `take()` before every later one, and moves the rows if they return a
     list; after the attention of a layer for which `probes(layer)` holds it calls `decide(layer, probe)`. Without
-    `drops_any` only padding moves.
+    `drops_any` only padding moves. `guesses`: tokens at the end of every sample that are not the prompt's but a guess
+    how it goes on (assisted decoding); the last one before them is scored.
     """
 
     config: VisionPruning
     layers: int
     layout: VisionLayout
     drops_any: bool = True
+    guesses: int = 0
     rows: Rows = field(init=False)
     reads: int = 0
     drops: list[Drop] = field(default_factory=list)

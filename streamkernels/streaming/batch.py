@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..core.shapes import check_int, refuse
-from .loop import END, Loop, Reply, Work, read_replies
+from .loop import END, Loop, Work
 from .policies import Policy
 from .protocols import BatchModel, Codec, Decoder, Step
+from .replies import Reply, read_replies
 from .session import Session
 from .trace import Event
 
@@ -213,7 +214,7 @@ class Sessions:
         good = {r: a for r, a in answers.items() if isinstance(a, torch.Tensor)}
         for row in good:
             self._rows[row].fed = True
-        found = read_replies([(self[row]._loop, steps[row], logits) for row, logits in good.items()])
+        found = read_replies([self[row]._loop.answered(steps[row], logits) for row, logits in good.items()])
         return replies | dict(zip(good, found, strict=True))
 
 

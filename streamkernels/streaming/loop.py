@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import operator
 import sys
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
@@ -18,81 +16,15 @@ import torch
 from ..core.shapes import check_int, refuse
 from ..core.spans import limits_from_visible
 from .policies import Action, Policy, State
-from .protocols import Codec, Decoder, Step, StreamModel
-from .trace import Counts, End, Event, Read, Write
+from .protocols import Codec, Step, StreamModel
+from .replies import Answered, Reply, read_replies
+from .state import Held, Settings, Stream, token_ids
+from .trace import End, Read, Write
 
 END = object()  # handed over in place of a word: no word follows
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a step answers: the logits [vocab] of its last target row and the token it means; None, -1 without one."""
-
-    logits: torch.Tensor | None
-    token: int
-
-
 # work of a loop: it asks for steps, is sent replies, and ends with a result; whoever drives it may share forwards
 Work = Generator[Step, Reply, T]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a session is told once; see `Session`."""
-
-    header: list[int]
-    prompt: list[int]
-    source_end: list[int]
-    sample: Callable[[torch.Tensor], int] | None
-    decoder: Decoder | None
-    max_target_tokens: int
-    max_word_tokens: int
-    clock: Callable[[], float]
-
-
-@dataclass
-class Held:
-    """What the last row that was fed predicts, and how much source it saw."""
-
-    limit: int
-    logits: torch.Tensor  # [vocab]
-    best: int  # or what the decoder chose
-    token: int | None = None  # sampled from logits, at most once
-
-
-@dataclass
-class Stream:
-    """All that one session knows, apart from its model and settings."""
-
-    source_lengths: list[int]  # of the segments read
-    pending: list[int]  # source tokens read, not yet projected
-    unfed: list[int]  # target tokens whose rows come next: the header, then one token at a time
-    read_tokens: int
-    waiting: bool = False  # whether pending holds more than the prompt
-    inbox: deque[tuple[str, list[int]]] = field(default_factory=deque)  # handed over, not read; '' is the end marker
-    handed: int = 0
-    closed: bool = False  # end() was called
-    words_read: int = 0
-    source_ended: bool = False  # and the end marker read
-    tokens: list[int] = field(default_factory=list)
-    word: list[int] = field(default_factory=list)  # the open word
-    before: list[int] = field(default_factory=list)  # the word before it
-    target_lengths: list[int] = field(default_factory=list)
-    visible: list[int] = field(default_factory=list)  # source segments that each target segment sees
-    limits: list[int] = field(default_factory=list)  # one per target row in the cache
-    boundary: bool = True  # the next prediction begins a word: the policy is to be asked
-    decision: Action | None = None
-    held: Held | None = None
-    in_word: bool = False  # the text so far ends inside a word
-    written: list[tuple[int, float]] = field(default_factory=list)  # per word of the text: words read, seconds spent
-    done: bool = False
-    counts: Counts = field(default_factory=Counts)
-    events: list[Event] = field(default_factory=list)
-    delivered: int = 0
-    started: float = 0.0
-    spent: float = 0.0
-    entered: float = 0.0
 
 
 @dataclass(eq=False)
@@ -127,7 +59,7 @@ class Loop:
             while True:
                 try:
                     logits = self.model.step(step.source, step.target, step.limits)
-                    (reply,) = read_replies([(self, step, logits)])
+                    (reply,) = read_replies([self.answered(step, logits)])
                     if isinstance(reply, Exception):
                         raise reply
                 except BaseException as error:
@@ -137,6 +69,10 @@ class Loop:
         except StopIteration as done:
             result: T = done.value
             return result
+
+    def answered(self, step: Step, logits: torch.Tensor) -> Answered:
+        """A step's logits, with what `read_replies` must know of this session."""
+        return self.settings.decoder, self.stream.tokens, step, logits
 
     def hand_over(self, word: object, flush: bool) -> Work[None]:
         """A word, or END, has come: read it at once if the policy waits for it."""
@@ -411,51 +347,3 @@ class Loop:
             yield
         finally:
             s.spent += self.settings.clock() - s.entered
-
-
-Answered = tuple[Loop, Step, torch.Tensor]
-
-
-def read_replies(answers: Sequence[Answered]) -> list[Reply | Exception]:
-    """What each step's logits say, in one transfer for all; an exception where they are no logits, or not finite."""
-    replies: list[Reply | Exception] = [Reply(None, -1)] * len(answers)
-    rows: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for i, (loop, step, logits) in enumerate(answers):
-        if not step.target:
-            continue
-        try:
-            last = _last(logits, len(step.target))
-            largest, best = last.max(-1)
-            decoder = loop.settings.decoder
-            if decoder is not None:
-                best = decoder.choose(last, loop.stream.tokens)
-        except Exception as error:
-            replies[i] = error
-        else:
-            rows.append((i, last, largest, best))
-    if not rows:
-        return replies
-    # max finds a NaN wherever it stands
-    numbers = torch.stack([torch.stack([a.double(), b.double()]) for _, _, a, b in rows]).tolist()
-    for (i, last, _, _), (largest, best) in zip(rows, numbers, strict=True):
-        replies[i] = Reply(last, int(best))
-        if not math.isfinite(largest):
-            try:
-                refuse("Session", "model.step(...)", "finite logits", f"{largest}: the step was discarded")
-            except ValueError as error:
-                replies[i] = error
-    return replies
-
-
-def _last(logits: torch.Tensor, rows: int) -> torch.Tensor:
-    """The last row, once the logits are seen to be logits."""
-    fits = isinstance(logits, torch.Tensor) and logits.is_floating_point() and logits.dim() == 2
-    if not fits or len(logits) not in (1, rows):
-        refuse("Session", "model.step(...)", f"float logits [{rows}, vocab]", logits)
-    return logits[-1].detach()
-
-
-def token_ids(op: str, name: str, tokens: Sequence[int]) -> list[int]:
-    """Token ids as a list of Python ints >= 0, checked."""
-    ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-    return [check_int(op, f"{name}[{i}]", token) for i, token in enumerate(ids)]

@@ -35,9 +35,10 @@ from typing import Any
 import torch
 
 from ..core.shapes import check_int, refuse
-from .loop import END, Loop, SessionMark, Settings, Stream, token_ids
+from .loop import END, Loop, SessionMark
 from .policies import Policy
 from .protocols import Codec, Decoder, StreamModel
+from .state import Settings, Stream, token_ids
 from .trace import Counts, Event, event_record, re_encoding_cost
 
 __all__ = ["Codec", "Session", "StreamModel"]

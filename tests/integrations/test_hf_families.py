@@ -126,6 +126,20 @@ def test_a_session_equals_a_dense_mask_on_the_stock_model(tiny, case, meaning, k
         assert (logits[S:] - want).abs().max() > 100 * tolerance, name
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_errs_no_more_than_twice_what_eager_does(tiny, case, fused, recorded):
+    model = build(tiny, case, vocab=384, sharpen=1)
+    half = build(tiny, case, vocab=384, sharpen=1).bfloat16()
+    # the frequencies are fp32 in a model that is loaded in bf16
+    half.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+    source, target, limits, got = streamed(half, WaitK(2), 3, "position", recorded, fused=fused)
+    S = len(source)
+    want, eager = (dense(m, source, target, limits, 3)[S:].float() for m in (model, half))
+    ours, theirs = ((x - want).square().mean().sqrt() for x in (got, eager))
+    assert 0 < ours <= 2 * theirs
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_special_about_a_model_matters(tiny, case, recorded):
     """The reference changes with the scale, the softcap, the norms and the part of a head that is turned."""

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..device.rope import load_rotated
 from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
 from .sight import (
+    STEP,
     count_tiles,
     first_seen,
     hull,
@@ -65,6 +66,7 @@ def attend_kernel(
     length,  # int32 [B, 2]
     status,  # int32 [1]
     role,  # int8 [B, T]
+    counts,  # int32 [B, ceil(T / STEP), 2], for mixed calls longer than STEP
     source_limit, source_begin, target_begin,  # int32 [B, T]
     sink_logits,  # [H]
     o,  # [B, H, T, D]
@@ -79,7 +81,7 @@ def attend_kernel(
     length_b, length_r, role_b, role_t, limit_b, limit_t, source_begin_b, source_begin_t, target_begin_b,
     target_begin_t,
     R: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_ROLE: tl.constexpr,
-    SEGMENT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_SOURCE_BEGIN: tl.constexpr, HAS_TARGET_BEGIN: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, SEGMENT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_SOURCE_BEGIN: tl.constexpr, HAS_TARGET_BEGIN: tl.constexpr,
     SINKS: tl.constexpr, RINGS: tl.constexpr, SOFTCAP: tl.constexpr, SINK_LOGITS: tl.constexpr, CHUNK: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -100,12 +102,17 @@ def attend_kernel(
     h = (hk * R).to(tl.int32) + x % R
     d = tl.arange(0, BLOCK_D)
     role += b * role_b
+    counts += b * tl.cdiv(T, STEP) * 2
 
     # what each row sees
     source_length, target_length = lengths_before(length + b * length_b, length_r, T)
-    source_total, target_total = lengths_after(source_length, target_length, role, T, role_t, HAS_ROLE, SEGMENT)
+    source_total, target_total = lengths_after(
+        source_length, target_length, role, counts, T, role_t, HAS_ROLE, HAS_COUNTS, SEGMENT
+    )
     opened = tl.cdiv(tile * BLOCK_M, R)
-    r, rank = rank_rows(role, t, inside, inside & (x % R == 0), opened, role_t, HAS_ROLE, SEGMENT)
+    r, rank = rank_rows(
+        role, counts, t, inside, inside & (x % R == 0), opened, role_t, HAS_ROLE, HAS_COUNTS, SEGMENT
+    )
     asks = (r == 0) | (r == 1)
     index = rank + tl.where(r == 0, source_length, target_length)
     source_high, target_high = last_seen(r, index, source_limit + b * limit_b, t, limit_t, source_total, HAS_LIMIT)
@@ -251,7 +258,7 @@ def attend_kernel(
             there = tl.max((seen & asks[:, None]).to(tl.int32), 0) > 0
             s = tl.where(seen, s, float("-inf"))
         elif not whole:
-            s = tl.where((j < stop)[None, :] & (j[None, :] < high[:, None]), s, float("-inf"))
+            s = tl.where(j[None, :] < tl.minimum(high, stop)[:, None], s, float("-inf"))
         m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
         values = tl.load(
             from_v + row * (v_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0

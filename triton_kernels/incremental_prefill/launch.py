@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import tiles
 from .forward import attend_kernel, merge_kernel
+from .sight import STEP, count_chunks_kernel
 
 LONG_CHUNK = tiles.LONG_CHUNK
 LOG2E = 1.4426950408889634
@@ -44,7 +45,8 @@ def incremental_prefill(
     windows = (source_window, target_window) if bounded else (0, 0)
     sinks = [max(n, ring_sinks if w else 0) for n, w in zip((source_sinks, target_sinks), windows, strict=True)]
     rows = T * (H // HK)
-    choice = tiles.tile(tiles.forward_kind(rows), capability(q.device), D, q.element_size())
+    holes = source_begin is not None or target_begin is not None or max(*sinks, *windows) > 0
+    choice = tiles.tile(tiles.forward_kind(rows), capability(q.device), D, q.element_size(), holes)
     row_tiles = triton.cdiv(rows, choice.block_m)
     splits = count_splits(q.device, row_tiles * HK * B, choice, sum(capacities) + (0 if written else T))
     parts = _parts(B * HK * rows, splits, D, q.device) if splits > 1 else (lse, lse, lse)
@@ -53,8 +55,8 @@ def incremental_prefill(
     with torch.cuda.device_of(q):
         attend_kernel[(row_tiles * splits, HK, B)](
             q, k, v, *((q, q) if cos is None or sin is None else (cos, sin)),
-            source_k, source_v, target_k, target_v, length, status, *present(status, role, source_limit, source_begin,
-            target_begin), logits, o, lse, *parts,
+            source_k, source_v, target_k, target_v, length, status,
+            *present(status, role, count_chunks(role), source_limit, source_begin, target_begin), logits, o, lse, *parts,
             *factors(scale, softcap, q.dtype), T, HK, splits, *capacities, *sinks, ring_sinks, *windows,
             *eighths(q), *eighths(k), *eighths(v), *angle_strides(cos, sin),
             *eighths(source_k), *eighths(source_v), *eighths(target_k), *eighths(target_v), *eighths(o),
@@ -78,7 +80,8 @@ def constants(
     """What every kernel is compiled for beside its tile."""
     return {
         "R": R, "D": q.shape[3], "ROTARY": 0 if cos is None else 2 * cos.shape[2], "INTERLEAVED": interleaved,
-        "HAS_ROLE": role is not None, "SEGMENT": segment if role is None else 0, "HAS_LIMIT": limit is not None,
+        "HAS_ROLE": role is not None,
+        "HAS_COUNTS": role is not None and role.shape[1] > STEP.value, "SEGMENT": segment if role is None else 0, "HAS_LIMIT": limit is not None,
         "HAS_SOURCE_BEGIN": begins[0] is not None, "HAS_TARGET_BEGIN": begins[1] is not None, "SINKS": max(sinks) > 0,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
@@ -93,9 +96,12 @@ def shape(choice: tiles.Tile, D: int) -> dict[str, int]:
 
 
 def count_splits(device: torch.device, programs: int, choice: tiles.Tile, keys: int) -> int:
-    """Over how many programs the keys of a row tile are spread: what fills the GPU once, and not more than there can be
+    """Over how many programs the keys of a row tile are spread: what fills the GPU, and not more than there can be
     pairs of tiles."""
-    room = multiprocessors(device) * choice.resident // programs
+    slots = multiprocessors(device) * choice.resident
+    once, twice = slots // programs, 2 * slots // programs
+    # a second wave where one would leave many multiprocessors idle
+    room = twice if twice > 2.16 * once else once
     return max(1, min(room, tiles.MOST_SPLITS, triton.cdiv(keys, 2 * choice.block_s)))
 
 
@@ -129,6 +135,17 @@ def angle_strides(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int
 def strides(x: Tensor | None) -> tuple[int, ...]:
     """Strides of [B, T]."""
     return (0, 0) if x is None else x.stride()
+
+
+def count_chunks(role: Tensor | None) -> Tensor | None:
+    """Source and target rows of every STEP rows of a longer chunk, int32 [B, chunks, 2]."""
+    if role is None or role.shape[1] <= STEP.value:
+        return None
+    B, T = role.shape
+    chunks = triton.cdiv(T, STEP.value)
+    counts = torch.empty((B, chunks, 2), dtype=torch.int32, device=role.device)
+    count_chunks_kernel[(chunks, B)](role, counts, T, chunks, *role.stride(), num_warps=4)
+    return counts
 
 
 def present(absent: Tensor, *given: Tensor | None) -> list[Tensor]:

@@ -6,32 +6,50 @@ import triton.language as tl
 
 from ..device.cache import count_roles, slot
 
-# roles counted at once
-STEP = tl.constexpr(256)
+# roles counted at once, and how often that can be done in a call
+STEP = tl.constexpr(1024)
+MOST_CHUNKS = tl.constexpr(1024)
 MANY = tl.constexpr(2147483647)
 
 
+@triton.jit(do_not_specialize=["T", "chunks", "role_b", "role_t"])
+def count_chunks_kernel(role, counts, T, chunks, role_b, role_t):
+    """counts int32 [B, chunks, 2]: source and target rows of every STEP rows; grid (chunks, B)."""
+    b = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * STEP
+    sources, targets = count_roles(role + b * role_b, start, T, role_t, STEP)
+    at = counts + (b * chunks + tl.program_id(0)) * 2
+    tl.store(at, sources)
+    tl.store(at + 1, targets)
+
+
 @triton.jit
-def count_until(role, end, role_t):
-    """Source rows and target rows among the first `end` rows of a chunk."""
-    sources = end * 0
-    targets = end * 0
-    for start in range(0, end, STEP):
-        more_sources, more_targets = count_roles(role, start, end, role_t, STEP)
-        sources += more_sources
-        targets += more_targets
+def count_until(role, counts, end, role_t, HAS_COUNTS: tl.constexpr):
+    """Source rows and target rows among the first `end` rows of a chunk; of a chunk longer than STEP with the help of
+    `counts` [chunks, 2]. No loop: behind one, triton 3.7.1 pipelines none of the kernel's loads."""
+    if HAS_COUNTS:
+        chunk = end // STEP
+        sources, targets = count_roles(role, chunk * STEP, end, role_t, STEP)
+        c = tl.arange(0, MOST_CHUNKS)
+        sources += tl.sum(tl.load(counts + 2 * c, mask=c < chunk, other=0), 0)
+        targets += tl.sum(tl.load(counts + 2 * c + 1, mask=c < chunk, other=0), 0)
+    else:
+        sources, targets = count_roles(role, end * 0, end, role_t, STEP)
     return sources, targets
 
 
 @triton.jit
-def rank_rows(role, t, inside, opens, opened, role_t, HAS_ROLE: tl.constexpr, SEGMENT: tl.constexpr):
+def rank_rows(
+    role, counts, t, inside, opens, opened, role_t,
+    HAS_ROLE: tl.constexpr, HAS_COUNTS: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
     """Role (-1: none) and rank in its role of each row t; rows may repeat.
 
     `opens` marks the first of equal rows, `opened` is how many rows opened before these.
     """
     if HAS_ROLE:
         r = tl.load(role + t.to(tl.int64) * role_t, mask=inside, other=-1).to(tl.int32)
-        sources, targets = count_until(role, opened, role_t)
+        sources, targets = count_until(role, counts, opened, role_t, HAS_COUNTS)
         source_rank = sources + tl.cumsum(((r == 0) & opens).to(tl.int32), 0) - 1
         target_rank = targets + tl.cumsum(((r == 1) & opens).to(tl.int32), 0) - 1
         rank = tl.where(r == 0, source_rank, target_rank)
@@ -51,10 +69,13 @@ def lengths_before(length, length_r, T):
 
 
 @triton.jit
-def lengths_after(source, target, role, T, role_t, HAS_ROLE: tl.constexpr, SEGMENT: tl.constexpr):
+def lengths_after(
+    source, target, role, counts, T, role_t,
+    HAS_ROLE: tl.constexpr, HAS_COUNTS: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
     """The lengths with this call's rows."""
     if HAS_ROLE:
-        sources, targets = count_until(role, T, role_t)
+        sources, targets = count_until(role, counts, T, role_t, HAS_COUNTS)
         return source + sources, target + targets
     else:
         return source + T * (SEGMENT == 0), target + T * (SEGMENT == 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 # KiB of shared memory that a block may use: compute capability 9.0 and 10.0, 8.0, and the smaller 8.6, 8.9, 12.0
 SHARED = {"large": 227, "medium": 163, "small": 99}
 # rows of a key head (T times R) up to which a kind of forward is meant
-KINDS = {"few": 16, "some": 64, "many": 1 << 62}
+KINDS = {"few": 16, "some": 1024, "many": 1 << 62}
 # the most splits of a launch
 MOST_SPLITS = 128
 # from so many rows on a chunk is written by rotate_append first, and its keys are read from the segments
@@ -34,13 +34,17 @@ def gpu_kind(capability: int) -> str:
 
 
 def block_d(D: int) -> int:
-    """D padded inside the kernel: the next power of two, at least 16."""
-    return max(16, 1 << (D - 1).bit_length())
+    """D padded inside the kernel: 64, 128 or 256."""
+    return 64 if D <= 64 else 128 if D <= 128 else 256
 
 
-def tile(kernel: str, capability: int, D: int, element_size: int) -> Tile:
-    """The tile of a kernel: "few", "some" or "many" (forwards by their number of rows), "dq" or "dkdv"."""
-    return TABLE[kernel, gpu_kind(capability), max(64, block_d(D)), element_size]
+def tile(kernel: str, capability: int, D: int, element_size: int, holes: bool = False) -> Tile:
+    """The tile of a kernel: "few", "some" or "many" (forwards by their number of rows), "dq" or "dkdv".
+
+    `holes`: something hides keys from rows that see later ones, so that the forward tests every key and row.
+    """
+    key = (kernel, gpu_kind(capability), block_d(D), element_size)
+    return WITH_HOLES.get(key, TABLE[key]) if holes else TABLE[key]
 
 
 def forward_kind(rows: int) -> str:
@@ -51,16 +55,16 @@ def forward_kind(rows: int) -> str:
 TABLE = {
     ("few", "large", 64, 2): Tile(16, 128, 16, 4, 3, 2),
     ("few", "large", 128, 2): Tile(16, 64, 16, 4, 3, 2),
-    ("few", "large", 256, 2): Tile(16, 32, 16, 4, 3, 2),
-    ("some", "large", 64, 2): Tile(64, 64, 32, 4, 3, 2),
-    ("some", "large", 128, 2): Tile(64, 64, 32, 4, 3, 2),
+    ("few", "large", 256, 2): Tile(16, 32, 16, 8, 2, 1),
+    ("some", "large", 64, 2): Tile(64, 64, 16, 4, 3, 2),
+    ("some", "large", 128, 2): Tile(64, 64, 16, 4, 3, 2),
     ("some", "large", 256, 2): Tile(64, 32, 16, 8, 3, 1),
-    ("many", "large", 64, 2): Tile(128, 64, 32, 4, 3, 1),
-    ("many", "large", 128, 2): Tile(128, 64, 32, 8, 3, 1),
-    ("many", "large", 256, 2): Tile(64, 64, 32, 8, 2, 1),
-    ("dq", "large", 64, 2): Tile(64, 64, 64, 4, 3, 2),
-    ("dq", "large", 128, 2): Tile(64, 64, 64, 8, 2, 1),
-    ("dq", "large", 256, 2): Tile(64, 32, 32, 8, 1, 1),
+    ("many", "large", 64, 2): Tile(128, 64, 16, 8, 3, 1),
+    ("many", "large", 128, 2): Tile(128, 64, 16, 8, 3, 1),
+    ("many", "large", 256, 2): Tile(64, 64, 16, 8, 2, 1),
+    ("dq", "large", 64, 2): Tile(64, 64, 64, 8, 2, 1),
+    ("dq", "large", 128, 2): Tile(64, 32, 32, 8, 2, 1),
+    ("dq", "large", 256, 2): Tile(32, 32, 32, 8, 1, 1),
     ("dkdv", "large", 64, 2): Tile(64, 64, 64, 4, 2, 1),
     ("dkdv", "large", 128, 2): Tile(64, 64, 64, 8, 1, 1),
     ("dkdv", "large", 256, 2): Tile(32, 32, 32, 8, 1, 1),
@@ -69,13 +73,13 @@ for kind in ("medium", "small"):
     TABLE |= {
         ("few", kind, 64, 2): Tile(16, 64, 16, 4, 3, 2),
         ("few", kind, 128, 2): Tile(16, 64, 16, 4, 2, 1),
-        ("few", kind, 256, 2): Tile(16, 32, 16, 4, 2, 1),
-        ("some", kind, 64, 2): Tile(64, 64, 32, 4, 2, 1),
-        ("some", kind, 128, 2): Tile(64, 32, 32, 4, 2, 1),
-        ("some", kind, 256, 2): Tile(64, 32, 16, 8, 1, 1),
-        ("many", kind, 64, 2): Tile(128, 64, 32, 8, 2, 1),
-        ("many", kind, 128, 2): Tile(64, 64, 32, 8, 2, 1),
-        ("many", kind, 256, 2): Tile(64, 32, 32, 8, 1, 1),
+        ("few", kind, 256, 2): Tile(16, 32, 16, 8, 2, 1),
+        ("some", kind, 64, 2): Tile(64, 64, 16, 8, 2, 1),
+        ("some", kind, 128, 2): Tile(32, 64, 16, 8, 2, 1),
+        ("some", kind, 256, 2): Tile(16, 32, 16, 8, 2, 1),
+        ("many", kind, 64, 2): Tile(128, 64, 16, 8, 2, 1),
+        ("many", kind, 128, 2): Tile(64, 64, 16, 8, 2, 1),
+        ("many", kind, 256, 2): Tile(64, 32, 16, 8, 1, 1),
         ("dq", kind, 64, 2): Tile(64, 32, 32, 8, 2, 1),
         ("dq", kind, 128, 2): Tile(32, 32, 32, 8, 1, 1),
         ("dq", kind, 256, 2): Tile(16, 32, 32, 8, 1, 1),
@@ -87,3 +91,10 @@ for kind in ("medium", "small"):
 for kind in SHARED:
     TABLE |= {(kernel, kind, D, 4): Tile(16, 32, 16, 4, 1, 2) for kernel in ("few", "some", "many") for D in (64, 128, 256)}
     TABLE |= {(kernel, kind, D, 4): Tile(32, 16, 16, 8, 1, 1) for kernel in ("dq", "dkdv") for D in (64, 128, 256)}
+
+WITH_HOLES = {
+    ("some", "large", 64, 2): Tile(64, 32, 16, 8, 3, 1),
+    ("some", "large", 128, 2): Tile(64, 32, 16, 8, 3, 1),
+    ("many", "large", 64, 2): Tile(64, 64, 16, 8, 3, 1),
+    ("many", "large", 128, 2): Tile(64, 64, 16, 8, 3, 1),
+}

@@ -26,7 +26,7 @@ from ..device.spans import (
     times_seen,
 )
 from .classes import dq_classes, landing_key, value_of
-from .forward import LISTS, load_tile
+from .forward import LISTS, load_tile, program_rows
 
 
 @triton.jit(do_not_specialize=["T", "H", "dlse_b", "dlse_h", "dlse_t"],
@@ -187,11 +187,9 @@ def dq_kernel(
     CLASSES: tl.constexpr, CLASS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0) // H
-    h = tl.program_id(0) % H
+    b, h, block = program_rows(H, T, BLOCK_T)
     hk = h // (H // HK)
     wide = b.to(tl.int64)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     bounds += wide * T * N * 2

@@ -19,6 +19,8 @@ LOG2E = 1.4426950408889634
 # key tiles x heads that keep a GPU busy; below, the query heads of a key head are split over programs and summed
 # afterwards
 ENOUGH_PROGRAMS = 1000
+# bytes of keys and values that programs which run at the same time read: a part of the L2
+TOGETHER = 16 << 20
 # classes whose rules fit into 32 bits
 PACKED = 16
 
@@ -69,7 +71,7 @@ class _Forward:
         self.q = Box(q, choice.block_t, columns)
         self.k, self.v = Box(k, choice.block_s, columns), Box(v, choice.block_s, columns)
         self.launch = Launch(
-            span_attention_kernel, (B * H, triton.cdiv(T, choice.block_t)), SINK_LOGITS=sink_logits,
+            span_attention_kernel, _row_grid(q, k, choice.block_t), SINK_LOGITS=sink_logits,
             **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
         )  # fmt: skip
 
@@ -145,7 +147,7 @@ class _Backward:
         choice = tiles.tile("dq", capability, D, size, few=plain and tiles.few_rows(B * H * T), classes=classes)
         self.dq_boxes = self._boxes(choice, columns, q, k, v, do)
         meta = _meta(choice, D, spans, softcap, q.dtype, spans.table[1])
-        self.dq = Launch(dq_kernel, (B * H, triton.cdiv(T, choice.block_t)), **meta)
+        self.dq = Launch(dq_kernel, _row_grid(q, k, choice.block_t), **meta)
         choice = tiles.tile("dkdv", capability, D, size, plain, classes=classes)
         key_tiles = triton.cdiv(S, choice.block_s)
         parts = min(H // HK, max(1, triton.cdiv(ENOUGH_PROGRAMS, key_tiles * HK * B)))
@@ -208,6 +210,16 @@ class _Spans:
         real &= (self.kept >= 0) & (self.kept < S)
         out = torch.zeros((B, HK, S + 1), dtype=torch.int8, device=self.kept.device)
         return out.scatter_(2, self.kept.long().masked_fill(~real, S), 1)[..., :S].contiguous()
+
+
+def _row_grid(q: Tensor, k: Tensor, block_t: int) -> tuple[int, int]:
+    """(heads that run together * row tiles, groups of such heads): as many key heads as have their keys and values in
+    the L2 together, with all their query heads."""
+    B, H, T, D = q.shape
+    HK, S = k.shape[1:3]
+    most = max(1, TOGETHER // (2 * S * D * k.element_size()))
+    together = max(n for n in range(1, min(most, B * HK) + 1) if B * HK % n == 0) * (H // HK)
+    return together * triton.cdiv(T, block_t), B * H // together
 
 
 def _add_to_sink(dv: Tensor, mass: Tensor, do: Tensor, sink_key: Tensor) -> None:

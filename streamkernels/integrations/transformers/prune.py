@@ -29,7 +29,7 @@ from ...pruning.layout import VisionLayout
 from ...pruning.report import Report
 from ...pruning.stages import Stages
 from .prune_forward import Pass
-from .prune_models import OP, Parts, chunk_of_generate, parts_of, reads_vision, shape_of
+from .prune_models import OP, Parts, of_generate, parts_of, reads_vision, shape_of
 from .prune_report import report_of
 
 NAME = "streamkernels_pruned"
@@ -116,7 +116,7 @@ class PruneHandle:
         self._configs: list[tuple[nn.Module, PreTrainedConfig, PreTrainedConfig]] = []
         self._copies: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]] = []
         # layouts on their way from the base's hook to the language model's, by thread
-        self._waiting: dict[int, VisionLayout] = {}
+        self._waiting: dict[int, tuple[VisionLayout, int]] = {}
         self._last: tuple[Pass, int, str, int] | None = None
         self._warned = False
         self._names = {part: list(inspect.signature(part.forward).parameters) for part in (parts.base, parts.text)}
@@ -237,18 +237,20 @@ class PruneHandle:
             refuse(OP, "vision_mask", "bool [B, T] beside inputs_embeds without input_ids", given)
         if given is None:
             return (), named
-        chunk = None if torch.compiler.is_compiling() else chunk_of_generate()
+        chunk, guesses = (None, 0) if torch.compiler.is_compiling() else of_generate()
         if chunk is not None:
             got = f"{chunk}: the last token of the prompt selects for all of it"
             refuse(OP, "prefill_chunk_size", "None", got, NotImplementedError)
         if named.get("use_cache") is False:
             got = "use_cache=False, with which every generated token would select anew"
             refuse(OP, "use_cache", "a cache", got, NotImplementedError)
-        self._waiting[threading.get_ident()] = given if isinstance(given, VisionLayout) else VisionLayout(given)
+        layout = given if isinstance(given, VisionLayout) else VisionLayout(given)
+        self._waiting[threading.get_ident()] = layout, guesses
         return (), named
 
     def _after_base(self, module: Any, args: Any, output: Any) -> None:
-        self._waiting.pop(threading.get_ident(), None)
+        if not torch.compiler.is_compiling():  # a compiled step generates a token and leaves nothing waiting
+            self._waiting.pop(threading.get_ident(), None)
 
     def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = {**dict(zip(self._names[module], args, strict=False)), **kwargs}
@@ -259,9 +261,9 @@ class PruneHandle:
         if like is None:
             return (), named
         B, T = like.shape[:2]
-        given = named.pop("vision_mask", None)
+        given, guesses = named.pop("vision_mask", None), 0
         if given is None and T > 1:
-            given = self._waiting.pop(threading.get_ident(), None)
+            given, guesses = self._waiting.pop(threading.get_ident(), (None, 0))
         elif isinstance(given, Tensor):
             given = VisionLayout(given)
         real = _real(named.get("attention_mask"), T)
@@ -269,10 +271,15 @@ class PruneHandle:
         for option in ("output_hidden_states", "output_attentions"):
             if named.get(option):
                 refuse(OP, option, "False: layers differ in their rows and keep no weights", True, NotImplementedError)
+        if guesses and real is not None:
+            if not bool(real.all()):
+                got = "padding, in a prompt that comes with guesses (assisted decoding, prompt lookup)"
+                refuse(OP, "attention_mask", "a mask of ones", got, NotImplementedError)
+            real = None
         if given is not None:
             layout, reads = self._layout(given, real, B, T)
             active, text = self._decide(layout, like.device, B, T)
-            stages = Stages(self.config, self._shape.layers, layout, drops_any=active)
+            stages = Stages(self.config, self._shape.layers, layout, active, guesses)
         elif T > 1 and real is not None and (_frozen() or not bool(real.all())):
             none = torch.zeros((B, T), dtype=torch.bool, device=like.device)
             stages = Stages(self.config, self._shape.layers, VisionLayout(none, real), drops_any=False)

@@ -13,6 +13,7 @@ from ...core.shapes import refuse
 from ...core.spans import ATTEND, MASS, SINK, SKIP, Spans
 from ...core.spans import vision as vision_spans
 from ...ops.compact import compact
+from ...ops.prepare import prepare
 from ...ops.span_attention import span_attention
 from ...pruning.config import VisionPruning
 from ...pruning.keys import Keys, behind
@@ -51,7 +52,8 @@ class Pass:
         self.first: Rows | None = None  # the rows of layer 0: padding is behind
         self.rows: list[Rows | None] = []  # of each layer that has begun
         # what layers share, by the ids of keys and rows, which this object keeps alive
-        self._spans: dict[tuple[int, int, tuple[str, str] | None], Spans] = {}
+        self._spans: dict[int, Spans] = {}
+        self._prepared: dict[tuple[int, int, tuple[str, str] | None], tuple[Spans, Table]] = {}
         self._tables: dict[tuple[int, int], Table] = {}
 
     def open(self, cache: Any) -> None:
@@ -68,6 +70,9 @@ class Pass:
                 # a generated token: nothing about a static cache is read, so that this step can be captured
                 self.keys = _of_batch(ledger, self.B)
                 return
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                expected = "a DynamicCache, or none, while a CUDA graph is captured"
+                refuse(OP, "past_key_values", expected, "a StaticCache, whose length must be read")
             length = int(length.item())
             self.cache_reads += 1
         self.past = length
@@ -80,8 +85,8 @@ class Pass:
         made: dict[tuple[int, int], Keys] = {}
         for layer, keys in enumerate(known):
             own = keys.width + length - known[0].width
-            if length and static_length(cache.layers[layer]) is None:
-                own = cache.layers[layer].get_seq_length()
+            if length:
+                _crop(cache.layers[layer], own)
             same = (id(keys), own)
             if same not in made:
                 # what was generated since the last prompt is a block once another one follows
@@ -136,17 +141,16 @@ class Pass:
             o: Any = span_attention(q, k, v, spans, scale=scale)
             return o
         keys, rows = self.keys[layer], self.rows[layer]
-        spans = self._prompt_spans(layer, q, k)
+        spans, prepared = self._prompt_spans(layer, q, k)
         stages = self.stages
-        if stages is None or rows is None or not stages.probes(layer):
-            o = span_attention(q, k, v, spans, scale=scale)
+        probes = stages is not None and stages.probes(layer)
+        if stages is None or rows is None or not probes or not stages.needs_scores(layer):
+            if stages is not None and probes:
+                stages.decide(layer, None)
+            o = span_attention(q, k, v, spans, scale=scale, prepared=prepared)
             return o
-        if not stages.needs_scores(layer):
-            stages.decide(layer, None)
-            o = span_attention(q, k, v, spans, scale=scale)
-            return o
-        o, lse = span_attention(q, k, v, spans, scale=scale, return_lse=True)
-        samples, last = torch.arange(self.B, device=q.device), (rows.count - 1).long()
+        o, lse = span_attention(q, k, v, spans, scale=scale, prepared=prepared, return_lse=True)
+        samples, last = torch.arange(self.B, device=q.device), (rows.count - (1 + stages.guesses)).long()
         listed = torch.where(rows.vision >= 0, rows.vision + keys.width, -1)
         q_last, o_last = (x[samples, :, last][:, :, None] for x in (q, o))
         lse_last = lse[samples, :, last][:, :, None]
@@ -155,7 +159,7 @@ class Pass:
 
     def _decode_spans(self, layer: int, k: Tensor) -> Spans:
         keys = self.keys[layer]
-        same = (id(keys), 0, None)
+        same = id(keys)
         if same not in self._spans:
             length = None if self.cache is None else static_length(self.cache.layers[layer])
             if length is None:
@@ -165,18 +169,19 @@ class Pass:
             self._spans[same] = keys.spans(end, None, self.B, k.shape[1])
         return self._spans[same]
 
-    def _prompt_spans(self, layer: int, q: Tensor, k: Tensor) -> Spans:
+    def _prompt_spans(self, layer: int, q: Tensor, k: Tensor) -> tuple[Spans, Table]:
         keys, rows = self.keys[layer], self.rows[layer]
         stage = self._stage(layer)
         same = (id(keys), id(rows), stage)
-        if same not in self._spans:
+        if same not in self._prepared:
             if stage is not None:
-                self._spans[same] = self._ruled(stage, keys, q, k)
+                spans = self._ruled(stage, keys, q, k)
             else:
                 at = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)[None]
                 own = None if rows is None or rows.whole else at < rows.count[:, None]
-                self._spans[same] = keys.spans(at + (keys.width + 1), own, self.B, k.shape[1])
-        return self._spans[same]
+                spans = keys.spans(at + (keys.width + 1), own, self.B, k.shape[1])
+            self._prepared[same] = spans, prepare(spans, k.shape[2])
+        return self._prepared[same]
 
     def _stage(self, layer: int) -> tuple[str, str] | None:
         if self.stages is None or not self.stages.drops_any or layer >= len(self.config.shallow):
@@ -207,18 +212,22 @@ class Pass:
     def close(self, hidden: Tensor) -> Tensor:
         """After the last layer: the ledger learns what the cache got; hidden [B, rows, C] -> [B, T, C], 0 where a token
         was dropped."""
+        # the report keeps this object, but not what it worked with
+        cache, self.cache = self.cache, None
+        self._spans, self._prepared, self._tables = {}, {}, {}
         if self.stages is None or self.first is None:
             return hidden
-        if self.cache is not None:
+        if cache is not None:
             made: dict[tuple[int, int, bool], Keys] = {}
             after = []
             for layer, (keys, rows) in enumerate(zip(self.keys, self.rows, strict=True)):
                 hide = self._stage(layer) is not None and not self.config.decode_sees_shallow
                 same = (id(keys), id(rows), hide)
                 if same not in made and rows is not None:
-                    made[same] = keys.and_rows(rows, hide_vision=hide, shift=self._shift(keys, rows))
+                    shift = self._shift(keys, rows)
+                    made[same] = keys.and_rows(rows, hide_vision=hide, shift=shift, guesses=self.stages.guesses)
                 after.append(made[same])
-            self.cache.__dict__[_LEDGER].keys = after
+            cache.__dict__[_LEDGER].keys = after
         rows = self.stages.rows
         return hidden if rows.whole else rows.back(hidden, self.T)
 
@@ -227,6 +236,19 @@ class Pass:
             return None
         shift = self.first.count - rows.count
         return shift if keys.shift is None else keys.shift + shift
+
+
+def _crop(layer: Any, length: int) -> None:
+    """Make a dynamic layer as long as layer 0 implies. transformers before 5.14 crops to one length for all layers,
+    which leaves what was to go in a layer that is shorter than that."""
+    if static_length(layer) is not None:
+        return
+    more = layer.get_seq_length() - length
+    if more < 0:
+        got = f"one of {length + more} keys where {length} were expected, as after a forward that failed"
+        refuse(OP, "past_key_values", "a cache whose layers have all seen the same calls", got)
+    if more:
+        layer.crop(-more)
 
 
 def _of_batch(ledger: Ledger, B: int) -> list[Keys]:

@@ -159,15 +159,19 @@ def reads_vision(named: dict[str, Any]) -> bool:
     return any(any(part is not None for part in x.values()) if isinstance(x, dict) else x is not None for x in given)
 
 
-def chunk_of_generate() -> int | None:
-    """The prefill_chunk_size of the `generate` that makes this forward, if any: nothing in its arguments tells."""
-    frame = sys._getframe(1)
+def of_generate() -> tuple[int | None, int]:
+    """Of the `generate` that makes this forward, if any: its prefill_chunk_size, and how many tokens at the end of the
+    prompt are guesses of assisted decoding or prompt lookup. Nothing in the arguments of a forward tells."""
+    frame: Any = sys._getframe(1)
+    chunk, guesses = None, 0
     while frame is not None:
-        if frame.f_code.co_name == "_prefill" and "generation_config" in frame.f_locals:
-            size: int | None = frame.f_locals["generation_config"].prefill_chunk_size
-            return size
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+        name, names = frame.f_code.co_name, frame.f_locals
+        if name == "_prefill" and "generation_config" in names:
+            chunk = names["generation_config"].prefill_chunk_size
+        if name == "_assisted_decoding" and "candidate_length" in names:
+            guesses = int(names["candidate_length"])
+        frame = frame.f_back
+    return chunk, guesses
 
 
 def check_cache(cache: Any) -> None:
