@@ -360,3 +360,19 @@ def test_what_windows_refuse(tiny, random_ids):
         with pytest.raises(ValueError, match="whose positions are not known"):
             step["past_key_values"] = GroupedCache(cache.stream)
             model(ids[:, :1], position_ids=torch.tensor([[9]]), **step)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_windows_over_a_bounded_cache(tiny, fixed, recorded):
+    """A ring for the target that holds what the windows show changes nothing, and the positions outlive the ring."""
+    model = build(tiny, "mistral", vocab=384)
+    outs = []
+    for options in ({}, {"window": (None, 9), "max_chunk": 16, "capacity": (64, 8), "fixed": fixed}):
+        cache = GroupedCache.for_model(model, **options)
+        header = {"header": [7], "cache": cache, "sample": lambda logits: int(logits[2:].argmax()) + 2}
+        with StreamSession(model, ByT5Tokenizer(), WaitK(2), max_target_tokens=40, max_word_tokens=4, **header) as s:
+            rows = recorded(s)
+            list(s.run(WORDS))
+            outs.append((s.tokens, torch.stack(rows)))
+    assert outs[0][0] == outs[1][0] and len(outs[0][0]) > 20
+    assert (outs[0][1] - outs[1][1]).abs().max() <= scale(outs[0][1])
