@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .core.spans import Rule, Spans
     from .integrations.transformers import GroupedCache, SessionBatch, StreamSession
     from .integrations.transformers.patch import patch
+    from .integrations.transformers.prune import prune_vision
     from .ops.compact import compact
     from .ops.incremental_prefill import incremental_prefill
     from .ops.merge_partials import merge_partials
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .ops.select_tokens import select_tokens, visipruner_exit, visipruner_select
     from .ops.span_attention import span_attention
     from .ops.token_scores import token_scores
+    from .pruning import VisionPruning
     from .streaming import ReadAll, Session, Threshold, WaitK
 
 _HOMES = {
@@ -50,6 +52,7 @@ _HOMES = {
     "SessionBatch": ".integrations.transformers",
     "StreamSession": ".integrations.transformers",
     "patch": ".integrations.transformers",
+    "prune_vision": ".integrations.transformers.prune",
     "compact": ".ops.compact",
     "incremental_prefill": ".ops.incremental_prefill",
     "merge_partials": ".ops.merge_partials",
@@ -63,6 +66,7 @@ _HOMES = {
     "visipruner_select": ".ops.select_tokens",
     "span_attention": ".ops.span_attention",
     "token_scores": ".ops.token_scores",
+    "VisionPruning": ".pruning",
     "ReadAll": ".streaming",
     "Session": ".streaming",
     "Threshold": ".streaming",
@@ -83,6 +87,7 @@ __all__ = [
     "patch",
     "positions",
     "prepare",
+    "prune_vision",
     "pruned_attention",
     "ReadAll",
     "reanchor",
@@ -104,6 +109,7 @@ __all__ = [
     "token_scores",
     "visipruner_exit",
     "visipruner_select",
+    "VisionPruning",
     "WaitK",
     "warmup",
 ]

@@ -19,12 +19,14 @@ from transformers.modeling_utils import AttentionInterface
 from ...core.shapes import refuse
 from ...core.spans import ATTEND, SKIP, Spans, bottom_right
 from ...ops.incremental_prefill import incremental_prefill
+from ...ops.prepare import prepare
 from ...ops.span_attention import span_attention
 from .cache import GroupedCache
 from .windows import Begins, buffer_spans
 
 NAME = "streamkernels"
 _OP = "streamkernels attention"
+Prepared = tuple[Spans, tuple[Tensor, Tensor]]
 ROUTE = "streamkernels_route"  # the keyword that carries a Route from the pre-hook to every layer
 
 
@@ -35,14 +37,15 @@ class Route:
     cache: the GroupedCache, or None for the routes over one buffer. windows: the sliding window of each layer of a
     streaming step, None for none. begins: per sliding window the first source and
     target key of each row of a streaming step. window: what a window means under declared spans. visible: the Spans of
-    the routes over one buffer, built by the first layer that needs them, per device, window and number of keys.
+    the routes over one buffer and what `prepare` makes of them, built by the first layer that needs them, per device,
+    window and number of keys.
     """
 
     cache: GroupedCache | None = None
     windows: list[int | None] = field(default_factory=list)
     begins: dict[int, Begins] = field(default_factory=dict)
     window: str = "position"
-    visible: dict[tuple[torch.device, int | None, int], Spans] = field(default_factory=dict)
+    visible: dict[tuple[torch.device, int | None, int], Prepared] = field(default_factory=dict)
 
     def begins_on(self, window: int | None, device: torch.device) -> Begins | tuple[None, None]:
         """(source_begin, target_begin) of a layer with this window, on its device."""
@@ -115,8 +118,9 @@ def attention(
         }
         o: Any = incremental_prefill(query, key, value, None, None, stream, layer, **options)
     else:
-        visible = _visible(streamkernels_route, query, key, attention_mask, spans, sliding_window, position_ids)
-        o = span_attention(query, key, value, visible, scale=scaling, softcap=softcap)
+        place = (sliding_window, position_ids)
+        visible, prepared = _visible(streamkernels_route, query, key, attention_mask, spans, *place)
+        o = span_attention(query, key, value, visible, scale=scaling, softcap=softcap, prepared=prepared)
     return o.transpose(1, 2), None
 
 
@@ -128,9 +132,9 @@ def _visible(
     spans: Tensor | None,
     window: int | None,
     positions: Tensor | None,
-) -> Spans:
+) -> Prepared:
     """The Spans of this forward on the device of `query`: the caller's, or causal, inside the layer's window if it has
-    one; a key that the padding mask hides is in the class that every row skips."""
+    one, and what `prepare` makes of them; a key that the padding mask hides is in the class that every row skips."""
     B, T, S = query.shape[0], query.shape[2], key.shape[2]
     place = (query.device, window, S)
     if place not in route.visible:
@@ -144,14 +148,15 @@ def _visible(
         hidden = None if mask is None else ~mask[:, -S:].bool()
         # one device read per forward, as transformers' own sdpa mask does, buys the plain path for a mask of ones
         if hidden is None or not (_traced() or hidden.any()):
-            route.visible[place] = Spans(bounds)
+            visible = Spans(bounds)
         else:
-            route.visible[place] = Spans(
+            visible = Spans(
                 bounds,
                 key_class=hidden.to(torch.int8),
                 row_class=torch.zeros(B, T, dtype=torch.int8, device=query.device),
                 class_rules=torch.tensor([[ATTEND, SKIP]], dtype=torch.int8, device=query.device),
             )
+        route.visible[place] = visible, prepare(visible, S)
     return route.visible[place]
 
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -20,6 +21,7 @@
 #define __grid_constant__
 #define __shared__ static
 
+using std::max;
 using std::min;
 
 struct alignas(16) uint4 {
@@ -40,7 +42,7 @@ inline Dim threadIdx, blockIdx, blockDim;
 namespace host {
 
 constexpr size_t kStack = 256 * 1024;
-enum class At { kStart, kBarrier, kBallot, kSum, kEnd };
+enum class At { kStart, kBarrier, kBallot, kSum, kShuffle, kEnd };
 
 struct Fiber {
   ucontext_t context;
@@ -127,6 +129,41 @@ inline int __reduce_add_sync(unsigned, int value) {
     for (int i = 0; i < 32; ++i) sum += lane[i];
     return sum;
   });
+}
+
+// the value of the lane that `source` makes of one's own number
+template <typename T, typename Source>
+T shuffle_on_host(T value, Source source) {
+  static_assert(sizeof(T) == sizeof(int), "32 bits");
+  int bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const int from = source(static_cast<int>(threadIdx.x % 32));
+  bits = host::warp(host::At::kShuffle, bits, [&](const int* lane) { return lane[from]; });
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shuffle_on_host(value, [=](int) { return lane; });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shuffle_on_host(value, [=](int lane) { return lane ^ mask; });
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int step) {
+  return shuffle_on_host(value, [=](int lane) { return lane + step < 32 ? lane + step : lane; });
+}
+
+inline int __ffs(unsigned x) {
+  return __builtin_ffs(static_cast<int>(x));
+}
+
+inline int atomicAdd(int* word, int value) {
+  const int before = *word;
+  *word += value;
+  return before;
 }
 
 inline int __popc(unsigned x) {

@@ -4,9 +4,10 @@
 #include "rotate_append/kernel.cuh"
 #include "streamkernels/runtime.h"
 
-namespace {
-
+// of the machine that plans are made for
 int processors = 132;
+
+namespace {
 
 template <typename Element>
 auto choose(bool vectors, bool interleaved) {
