@@ -29,6 +29,7 @@ from ...pruning.layout import VisionLayout
 from ...pruning.report import Report
 from ...pruning.stages import Stages
 from .prune_forward import Pass
+from .prune_kept import KeptPass
 from .prune_models import OP, Parts, of_generate, parts_of, reads_vision, shape_of
 from .prune_report import report_of
 
@@ -147,7 +148,7 @@ class PruneHandle:
     def report(self) -> Report:
         """What the last prompt with vision tokens cost and saved. Copies a few numbers from the device. Raises
         ValueError if there was none yet."""
-        if self._last is None:
+        if self._last is None or self._last[0].selects is None:
             refuse(OP, "report", "a forward with vision tokens before it", "none yet")
         return report_of(self._shape, self.config, *self._last)
 
@@ -267,7 +268,6 @@ class PruneHandle:
         elif isinstance(given, Tensor):
             given = VisionLayout(given)
         real = _real(named.get("attention_mask"), T)
-        stages, text, reads = None, "not asked", 0
         for option in ("output_hidden_states", "output_attentions"):
             if named.get(option):
                 refuse(OP, option, "False: layers differ in their rows and keep no weights", True, NotImplementedError)
@@ -276,20 +276,42 @@ class PruneHandle:
                 got = "padding, in a prompt that comes with guesses (assisted decoding, prompt lookup)"
                 refuse(OP, "attention_mask", "a mask of ones", got, NotImplementedError)
             real = None
-        if given is not None:
-            layout, reads = self._layout(given, real, B, T)
-            active, text = self._decide(layout, like.device, B, T)
-            stages = Stages(self.config, self._shape.layers, layout, active, guesses)
-        elif T > 1 and real is not None and (_frozen() or not bool(real.all())):
-            none = torch.zeros((B, T), dtype=torch.bool, device=like.device)
-            stages = Stages(self.config, self._shape.layers, VisionLayout(none, real), drops_any=False)
+        step, reads, text = self._pass(module.rotary_emb, given, real, B, T, like.device, guesses)
         if not isinstance(named.get("attention_mask"), dict):
             # a 4-D mask goes through transformers as it is: no search for packed sequences, which reads the device
             named["attention_mask"] = torch.empty((0, 0, 0, 0), device=like.device)
-        step = Pass(self.config, self._shape.layers, B, T, module.rotary_emb, stages)
-        if given is not None:
+        if given is not None or isinstance(step, KeptPass):
             self._last = (step, reads, text, module.dtype.itemsize)
         return (), {**named, PASS: step}
+
+    def _pass(
+        self,
+        rotary: Any,
+        given: VisionLayout | None,
+        real: Tensor | None,
+        B: int,
+        T: int,
+        device: torch.device,
+        guesses: int,
+    ) -> tuple[Pass, int, str]:
+        """What this forward is, how often the device was read for that, and what the cost table said."""
+        config, layers, reads, text = self.config, self._shape.layers, 0, "not asked"
+        stages: Stages | None = None
+        # guesses that assisted decoding has checked are no prompt
+        kept = not config.compaction and T > 1 and (given is not None or _frozen() or not of_generate()[1])
+        if given is None and T > 1 and (kept or (real is not None and (_frozen() or not bool(real.all())))):
+            given = VisionLayout(torch.zeros((B, T), dtype=torch.bool, device=device), real)
+            stages = Stages(config, layers, given, False)
+            sees = False
+        elif given is not None:
+            sees, active = True, False
+            layout, reads = self._layout(given, real, B, T)
+            if not kept:
+                active, text = self._decide(layout, device, B, T)
+            stages = Stages(config, layers, layout, active, guesses)
+        if kept:
+            return KeptPass(config, layers, B, T, rotary, stages, sees=sees), reads, text
+        return Pass(config, layers, B, T, rotary, stages), reads, text
 
     def _layout(self, given: VisionLayout, real: Tensor | None, B: int, T: int) -> tuple[VisionLayout, int]:
         """The layout with what the host must know of it, and how often the device was read for that."""
@@ -299,7 +321,7 @@ class PruneHandle:
             return given, 0
         if given.real is None and real is not None:
             given = VisionLayout(given.vision, real.to(given.vision.device))
-        if not self.config.reads_layout:
+        if not self.config.reads_layout or not self.config.compaction:
             return given, 0
         if _frozen():
             got = "a mask while a CUDA graph is captured, which cannot be read"
