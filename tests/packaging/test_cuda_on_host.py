@@ -25,7 +25,6 @@ from streamkernels.reference import rotate_append as reference
 from streamkernels.testing.compare import assert_accurate
 
 
-
 @pytest.fixture(scope="module")
 def native(library: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(library))
