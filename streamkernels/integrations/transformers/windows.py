@@ -52,10 +52,11 @@ class KeyPositions:
         for role in (SOURCE, TARGET):
             room = self._tables[role].shape[1] - 1
             need = stream.capacity(0, role)
+            endless = stream.windows[role] is not None
             # a fixed segment takes no more than it has slots, and graphs hold on to this memory
-            if not blind and (stream.windows[role] is not None or not stream.fixed):
+            if not blind and (endless or not stream.fixed):
                 need = max(need, stream.longest(role) + T)
-            elif stream.bounded:
+            elif blind and endless:
                 text = "a bounded cache, whose positions have no end, in a captured or compiled step"
                 refuse("GroupedCache", "past_key_values", "an unbounded cache", text, NotImplementedError)
             if need > room:
