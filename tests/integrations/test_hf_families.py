@@ -220,7 +220,7 @@ def poison(cache):
 @pytest.mark.parametrize("fused", [False, True])
 def test_any_schedule_of_a_batch_equals_a_dense_mask(tiny, case, meaning, fused):
     model = build(tiny, case)
-    for seed, offset in ((0, 0), (1, 6), (2, 2.5)):
+    for seed, offset in ((0, 6), (1, 2.5)):
         rng = random.Random(seed)
         rows = [Row(rng, 13, 11), Row(rng, 7, 15)]
         want = [dense(model, r.source, r.target, r.limits, offset, meaning) for r in rows]

@@ -59,9 +59,7 @@ def check(model, prompt, config, *, steps=4, drops=True, **options):
     ours = torch.stack(made.logits, 1)
     T = prompt.vision.shape[1]
     S = made.sequences.shape[1] - 1
-    expected, plan = never_dropping(
-        model, extended(prompt, made.sequences[:, :S]), config, [turn_of(prompt, S)]
-    )
+    expected, plan = never_dropping(model, extended(prompt, made.sequences[:, :S]), config, [turn_of(prompt, S)])
     scale = float(expected.abs().max())
     assert (ours - expected[:, T - 1 :]).abs().max() <= TOLERANCE * scale
     left = prompt.inputs["attention_mask"].bool() & ~plan.dropped[:, :T]
