@@ -241,6 +241,41 @@ def test_forwards_that_are_refused(more, error, text):
     assert torch.equal(logits(model, prompt), stock)
 
 
+def test_another_attention_is_noticed():
+    model, prompt = make_vlm("llava"), prompt_of("llava", ONE)
+    stock = logits(model, prompt)
+    with prune_vision(model, FIXED):
+        model.set_attn_implementation({"text_config": "sdpa"})
+        with pytest.raises(ValueError, match="got 'sdpa', set meanwhile"):
+            logits(model, prompt)
+    with prune_vision(model, FIXED), streamkernels.patch(text_of(model)):
+        with pytest.raises(ValueError, match="got 'streamkernels', set meanwhile"):
+            logits(model, prompt)
+    assert model.config.text_config._attn_implementation == "eager"
+    assert torch.equal(logits(model, prompt), stock)
+
+
+def test_wrappers_and_bases():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def get_base_model(self):
+            return self.inner
+
+    model, prompt = model_of(), prompt_of("llava", ONE)
+    with prune_vision(model, FIXED):
+        expected = logits(model, prompt)
+    wrapper = Wrapper(model)
+    with prune_vision(wrapper, FIXED):
+        assert torch.equal(logits(model, prompt), expected) and wrapper.config is model.config
+    assert wrapper.config is model.config
+    with prune_vision(model.model, FIXED), torch.no_grad():
+        assert torch.equal(model.lm_head(model.model(**prompt.inputs).last_hidden_state), expected)
+    assert not torch.equal(logits(model, prompt), expected)
+
+
 def test_chunked_prefill_is_refused():
     model, prompt = model_of(), prompt_of("llava", ONE)
     with prune_vision(model, FAST):
