@@ -224,6 +224,9 @@ class PruneHandle:
         named = {**dict(zip(self._names[module], args, strict=False)), **kwargs}
         if module.training:
             refuse(OP, "model", "a model in eval mode (pruning is for inference)", "one in training mode")
+        if module.config._attn_implementation != NAME:
+            got = f"{module.config._attn_implementation!r}, set meanwhile"
+            refuse(OP, "model", "the attention that prune_vision set, until its handle is undone", got)
         embeds = named.get("inputs_embeds")
         like = embeds if embeds is not None else named.get("input_ids")
         if like is None:

@@ -18,7 +18,7 @@ from ...ops.span_attention import span_attention
 from ...pruning.config import VisionPruning
 from ...pruning.keys import Keys, behind
 from ...pruning.scores import Probe
-from ...pruning.stages import Rows, Stages
+from ...pruning.stages import Rows, Stages, where
 from .prune_models import OP, check_cache, static_length
 
 RULES = {"attend": ATTEND, "skip": SKIP, "mass": MASS, "sink": SINK, "mass_first_half": MASS}
@@ -54,6 +54,7 @@ class Pass:
         self.keys: list[Keys] = []
         self.first: Rows | None = None  # the rows of layer 0: padding is behind
         self.rows: list[Rows | None] = []  # of each layer that has begun
+        self.cached: list[int] = []  # keys that each layer's cache got
         # what layers share, by the ids of keys and rows, which this object keeps alive
         self._spans: dict[int, Spans] = {}
         self._prepared: dict[tuple[int, int, tuple[str, str] | None], tuple[Spans, Table]] = {}
@@ -237,18 +238,37 @@ class Pass:
         if self.stages is None or self.first is None:
             return hidden
         if cache is not None:
+            text = self._leave_vision_out(cache)
             made: dict[tuple[int, int, bool], Keys] = {}
             after = []
             for layer, (keys, rows) in enumerate(zip(self.keys, self.rows, strict=True)):
-                hide = self._stage(layer) is not None and not self.config.decode_sees_shallow
+                hide = layer == 0 and self._hides(0)
+                rows = text if text is not None and layer and self._hides(layer) else rows
                 same = (id(keys), id(rows), hide)
                 if same not in made and rows is not None:
                     shift = self._shift(keys, rows)
                     made[same] = keys.and_rows(rows, hide_vision=hide, shift=shift, guesses=self.stages.guesses)
                 after.append(made[same])
+                self.cached.append(made[same].width - keys.width + self.stages.guesses)
             ledger_of(cache).keys = after
         rows = self.stages.rows
         return hidden if rows.whole else rows.back(hidden, self.T)
+
+    def _hides(self, layer: int) -> bool:
+        return self._stage(layer) is not None and not self.config.decode_sees_shallow
+
+    def _leave_vision_out(self, cache: Any) -> Rows | None:
+        """Take the vision keys that no later row sees out of the cache: the rows that are left of such layers. Layer 0
+        keeps them, hidden: the length of its cache is what transformers takes for the number of tokens so far."""
+        layers = [layer for layer in range(1, self.layers) if self._hides(layer)]
+        rows, counts = self.first, None if self.stages is None else self.stages.layout.counts
+        if not layers or rows is None or counts is None:
+            return None
+        own = torch.arange(rows.width, device=rows.origin.device) < rows.count[:, None]
+        index, count = where(own & ~rows.is_vision, max(n - v for n, v in counts))
+        for layer in layers:
+            _replace(cache.layers[layer], self.keys[layer].width, rows.width, index, count)
+        return rows.keep(index, count, 0)
 
     def forget(self) -> Any:
         """Let go of the cache, which is returned, and of what layers shared."""
@@ -280,6 +300,20 @@ def _crop(layer: Any, length: int) -> None:
         refuse(OP, "past_key_values", "a cache whose layers have all seen the same calls", got)
     if more:
         layer.crop(-more)
+
+
+def _replace(layer: Any, begin: int, width: int, index: Tensor, count: Tensor) -> None:
+    """Instead of the `width` keys from `begin` on, the last ones that the layer holds, those of the list."""
+    length, K = static_length(layer), index.shape[1]
+    for name in ("keys", "values"):
+        buffer = getattr(layer, name)
+        moved = compact(buffer[:, :, begin : begin + width], index, count, dim=2)
+        if length is None:
+            setattr(layer, name, torch.cat([buffer[:, :, :begin], moved], 2))
+        else:
+            buffer[:, :, begin : begin + K] = moved
+    if length is not None:
+        layer.cumulative_length.sub_(width - K)
 
 
 def _of_batch(ledger: Ledger, B: int) -> list[Keys]:

@@ -120,6 +120,7 @@ class KeptPass(Pass):
         if cache is not None:
             ledger = ledger_of(cache)
             whole = self.keys[0].and_rows(rows, guesses=guesses)
+            self.cached = [rows.width] * self.layers
             ledger.whole, ledger.keys = whole, [self._seen(layer, whole) for layer in range(self.layers)]
             if self.asks is not None:
                 ledger.vision = self.asks.layout.vision[:, : whole.width]

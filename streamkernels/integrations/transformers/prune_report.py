@@ -35,6 +35,7 @@ def report_of(
         vision=numbers[id(first)][1],
         real=numbers[id(first)][0],
         width=[rows.width for rows in layers],
+        cached=list(step.cached),
         rows=[numbers[id(rows)][0] for rows in layers],
         vision_rows=[numbers[id(rows)][1] for rows in left],
         seen=[seen[id(keys)] for keys in step.keys],
