@@ -100,13 +100,13 @@ class StepGraphs:
         with unchanged_bounds(stream):
             self._warm(packed, writes)
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+                self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
             graph, logits = capture(step, self._pool, self._device)
         return Captured(graph, packed, logits)
 
     def _warm(self, packed: Tensor, writes: bool) -> None:
         """Compile kernels and fill caches outside of the capture, on a stream of its own."""
-        if not torch.cuda.is_available():
+        if self._device.type != "cuda":
             return
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
