@@ -15,8 +15,7 @@ struct Plan {
   int smallest;          // 2^smallest steps are worth a worker of their own
   int R, tiles_m;        // H / HK; tiles of the T * R rows of a key head
   uint32_t by_R;         // 2^32 / R, rounded up: n / R is the high word of the product
-  int workers_each;      // workers for each item of one session
-  bool fits;             // they are nearly all workers
+  int workers_each;      // whole workers for each item
   bool wide_q, wide_kv;  // rows and angles can be read 16 bytes at a time
   float scale;           // of scores, times log2(e); 1 after a softcap
   float inner, outer;    // softcap: score -> outer * tanh(inner * score); inner 0: none

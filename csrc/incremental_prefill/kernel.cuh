@@ -20,7 +20,7 @@ struct Header {
   static constexpr int kScratch = 256;
   static constexpr int kStatistics = (S::kWarpsS + 1) * S::kRows * 8;
 
-  static constexpr int kSession = 128;
+  static constexpr int kSession = 256;
   static constexpr int kItems = S::kThreads / 32 * 160;
 
   static SK_HOST_DEVICE int sights() { return kScratch + kSession + kItems + kStatistics; }
@@ -105,12 +105,14 @@ struct Home {
 // no keys become zeros.
 template <class S>
 __device__ __forceinline__ void load_fresh(const Params& p, const Plan& plan, const Rows2& rows, int b, int hk,
-                                           int first, bool write, char* keys, char* values) {
+                                           int first, bool write, char* keys) {
+  char* values = keys + S::kMatrix;
   using Element = typename S::Element;
   const int used = least(S::kKeys, ceil_div(p.T - first, S::kWarpKeys) * S::kWarpKeys);
   const int places = plan.wide_kv ? S::D / 16 : S::D;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < used * places; i += S::kThreads) {
+  // from the last thread on: the first ones may be reading queries
+  for (int i = S::kThreads - 1 - static_cast<int>(threadIdx.x); i < used * places; i += S::kThreads) {
     const int row = plan.wide_kv ? i / (S::D / 16) : i / S::D, place = i - row * places, t = first + row;
     const bool is_key = t < p.T && rows.code[t] != kNoKey;
     const Element* k = static_cast<const Element*>(p.k.data) + b * p.k.batch + hk * p.k.head + t * p.k.row;
@@ -186,7 +188,16 @@ __device__ __forceinline__ Run run_of(const Params& p, const Session& session, c
   return run;
 }
 
-// What a warp keeps of its item in shared memory.
+// What a block keeps of its item in shared memory, where it costs no registers during the products.
+struct Job {
+  Target at;
+  int valid;              // rows of the tile
+  int item, begin, steps; // of all items of a session; first step in the list of all; steps
+  int share, now, until, each;
+  Range fresh, old;       // tiles of this block
+};
+
+// What a warp keeps of it.
 struct Item {
   Run runs[4];
   Hull hull;
@@ -299,23 +310,24 @@ __device__ __forceinline__ void block_barrier() {
   __syncthreads();
 }
 
-// The item's share of this block: new tiles [fresh.begin, fresh.end), then old tiles [old.begin, old.end).
+// The item's share of this block: its new tiles, then its old tiles.
 template <class S>
 __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const Rows2& rows, const Session& session,
-                                       const Target& at, int valid, Range fresh, Range old, Item* items,
+                                       const Job& job, Item* items,
                                        State<S>& state, char* query_tile, char* stages) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % S::kWarpsM, first = warp / S::kWarpsM * S::kWarpKeys;
   const int depth = plan.stages;
+  Range fresh = job.fresh;
   const uint32_t ring = shared_address(stages);
   // every warp has its own copy
   Item& item = items[warp];
   Run* runs = item.runs;
   const Hull& hull = item.hull;
   {
-    const Hull found = hull_of(rows, divide_by_R(plan, at.first_row), divide_by_R(plan, at.first_row + valid - 1));
+    const Hull found = hull_of(rows, divide_by_R(plan, job.at.first_row), divide_by_R(plan, job.at.first_row + job.valid - 1));
     if (lane == 4) item.hull = found;
-    if (lane < 4) runs[lane] = run_of<S>(p, session, found, old, lane);
+    if (lane < 4) runs[lane] = run_of<S>(p, session, found, job.old, lane);
     __syncwarp();
   }
   int to_load = runs[0].tiles + runs[1].tiles + runs[2].tiles + runs[3].tiles, to_do = to_load;
@@ -325,7 +337,7 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
   int t[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    t[i] = least(divide_by_R(plan, at.first_row + warp_m * 16 + lane / 4 + 8 * i), p.T - 1);
+    t[i] = least(divide_by_R(plan, job.at.first_row + warp_m * 16 + lane / 4 + 8 * i), p.T - 1);
   }
   Fragments<S> fragments(shared_address(query_tile), warp_m * 16, first);
   int stage = 0, next = 0;  // of the tile that is attended to, of the one that is loaded
@@ -334,23 +346,26 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
 #pragma unroll 1
   while (true) {
     const bool is_fresh = ahead == 0 && fresh.begin < fresh.end;
-    if (ahead == 0 && !ready) {
+    const bool begins = ahead == 0 && !ready;
+    int key = fresh.begin * S::kKeys;
+    uint32_t keys = ring + (depth - 1) * S::kStage;
+    if (begins) {
       // queries and new rows are read while the first tiles are under way
-      load_queries<S>(p, plan, at, valid, query_tile);
+      load_queries<S>(p, plan, job.at, job.valid, query_tile);
       state.clear();
-      block_barrier<S>();
+    }
+    if (is_fresh) {
+      // into the last stage, which is not loaded yet
+      if (!begins) __syncthreads();
+      load_fresh<S>(p, plan, rows, job.at.b, job.at.hk, key, job.at.first_row == 0, stages + (depth - 1) * S::kStage);
+    }
+    if (begins || is_fresh) block_barrier<S>();
+    if (begins) {
       fragments.read_queries();
       ready = true;
     }
-    int key;
-    uint32_t keys = ring + (depth - 1) * S::kStage;
     if (is_fresh) {
-      // the last stage is not loaded yet
-      key = fresh.begin++ * S::kKeys;
-      char* to = stages + (depth - 1) * S::kStage;
-      __syncthreads();
-      load_fresh<S>(p, plan, rows, at.b, at.hk, key, at.first_row == 0, to, to + S::kMatrix);
-      block_barrier<S>();
+      ++fresh.begin;
       if (key + first >= p.T) continue;
     } else {
       if (ahead == 0) {
@@ -360,7 +375,7 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
       }
       if (to_load > 0) {
         --to_load;
-        loader.issue(p, session, hull, at.b, at.hk, ring + next * S::kStage);
+        loader.issue(p, session, hull, job.at.b, job.at.hk, ring + next * S::kStage);
         next = next + 1 == depth ? 0 : next + 1;
       }
       close_group();
@@ -421,23 +436,20 @@ __device__ __forceinline__ void park(State<S>& state, int valid, float* out, flo
   }
 }
 
-// One item as this worker sees it.
-struct Piece {
-  int64_t counter;  // of the item, times the cluster's size, plus the rank
-  int first_worker, workers;
-  int item_begin, share;  // in steps of the whole list
-};
-
 // Joins warps, blocks and workers; whoever is last writes o and lse.
 template <class S>
-__device__ __forceinline__ void merge(const Params& p, const Plan& plan, const Rows2& rows, const Target& at, const Piece& piece,
-                                      int valid, bool idle, int worker, float* out, float2* statistics, int* flag) {
-  const int C = cluster_size(), rank = blockIdx.x % C;
+__device__ __forceinline__ void merge(const Params& p, const Plan& plan, const Rows2& rows, const Job& job, bool idle,
+                                      float* out, float2* statistics, int* flag) {
+  const int C = cluster_size(), rank = blockIdx.x % C, worker = blockIdx.x / C;
+  const Target& at = job.at;
+  const int valid = job.valid;
+  const int first_worker = divide(job.begin, job.share);
+  const int workers = divide(job.begin + job.steps - 1, job.share) - first_worker + 1;
   constexpr int kFours = S::D / 4;
   float2* joined = statistics + S::kWarpsS * S::kRows;
   const auto warps = [&](int row, int column) {
     Part part = nothing();
-    join<S::kWarpsS>(
+    join<S::kWarpsS, true>(
         part, S::kWarpsS, [&](int i) { return statistics[i * S::kRows + row]; },
         [&](int i) { return *reinterpret_cast<float4*>(out + (i * S::kRows + row) * S::kOutRow + column); });
     return part;
@@ -458,15 +470,15 @@ __device__ __forceinline__ void merge(const Params& p, const Plan& plan, const R
     cluster_barrier();
   }
   const uint32_t out_address = shared_address(out), joined_address = shared_address(joined);
-  const bool alone = piece.workers == 1;
-  const Partial<S> partial(p.partials, worker, worker * piece.share >= piece.item_begin);
+  const bool alone = workers == 1;
+  const Partial<S> partial(p.partials, worker, worker * job.share >= job.begin);
   for (int i = mine.begin + static_cast<int>(threadIdx.x); i < mine.end; i += S::kThreads) {
     const int row = i / kFours, column = i % kFours * 4;
     Part part = nothing();
     if (C == 1) {
       part = warps(row, column);
     } else {
-      join<8>(
+      join<8, false>(
           part, C, [&](int r) { return load_remote2(remote(joined_address + row * 8, r)); },
           [&](int r) { return load_remote4(remote(out_address + (row * S::kOutRow + column) * 4, r)); });
     }
@@ -478,18 +490,20 @@ __device__ __forceinline__ void merge(const Params& p, const Plan& plan, const R
   }
   // others may still read this block's shared memory
   if (C > 1) cluster_barrier_after_reads();
-  if (alone || !arrive_last(p.counters + piece.counter, piece.workers, flag)) return;
+  if (alone) return;
+  uint32_t* counter = p.counters + (int64_t{at.b} * p.HK * plan.tiles_m + job.item) * C + rank;
+  if (!arrive_last(counter, workers, flag)) return;
   for (int i = mine.begin + static_cast<int>(threadIdx.x); i < mine.end; i += S::kThreads) {
     const int row = i / kFours, column = i % kFours * 4;
     Part part = nothing();
 #pragma unroll 1
-    for (int w = 0; w < piece.workers; w += 4) {
+    for (int w = 0; w < workers; w += 4) {
       const auto from = [&](int i) {
-        const int other = piece.first_worker + w + i;
-        return Partial<S>(p.partials, other, other * piece.share >= piece.item_begin);
+        const int other = first_worker + w + i;
+        return Partial<S>(p.partials, other, other * job.share >= job.begin);
       };
-      join<4>(
-          part, piece.workers - w, [&](int i) { return from(i).statistics(row); },
+      join<4, true>(
+          part, workers - w, [&](int i) { return from(i).statistics(row); },
           [&](int i) { return from(i).values(row, column); });
     }
     finish<S>(p, plan, at, rows, row, column, part);
@@ -510,9 +524,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   char* stages = query_tile + S::kQuery;
 
   const int C = cluster_size(), worker = blockIdx.x / C, rank = blockIdx.x % C, workers = gridDim.x / C;
-  const int M = p.T * plan.R, items_each = p.HK * plan.tiles_m;
+  const int items_each = p.HK * plan.tiles_m;
   Session& session = *reinterpret_cast<Session*>(memory + Layout::kScratch + Layout::kStatistics);
-  static_assert(sizeof(Session) <= Layout::kSession, "fits");
   Item* items = reinterpret_cast<Item*>(reinterpret_cast<char*>(&session) + Layout::kSession);
   static_assert(sizeof(Item) * S::kThreads / 32 == Layout::kItems, "fits");
   int known = -1, total, share, each = 0;
@@ -520,17 +533,18 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     read_session<S>(p, 0, rows, scratch, session);
     known = 0;
     const int steps = steps_of(session, p.T, S::kKeys);
-    const Shares shares = even_shares(steps, plan.workers_each, plan.fits, plan.smallest);
+    const Shares shares = even_shares(items_each, steps, workers, plan.workers_each, plan.smallest);
     each = shares.per_item > 0 ? shares.per_item : steps;
     total = each * items_each;
-    share = shares.per_item > 0 ? shares.share : uneven_share(total, workers, plan.smallest);
+    share = shares.share;
   } else {
     plan_sessions<S>(p, items_each, prefix);
     total = prefix[p.B];
     share = uneven_share(total, workers, plan.smallest);
   }
-  int now = worker * share;
-  const int until = least(now + share, total);
+  Job& job = *reinterpret_cast<Job*>(reinterpret_cast<char*>(&session) + 128);
+  static_assert(sizeof(Session) <= 128 && sizeof(Job) <= Layout::kSession - 128, "fits");
+  int now = worker * share, until = least(now + share, total);
 #pragma unroll 1
   while (now < until) {
     int b = 0, before = 0;
@@ -541,39 +555,38 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
       before = prefix[b];
       each = divide(prefix[b + 1] - before, items_each);
-    }
-    if (b != known) {
-      __syncthreads();
-      read_session<S>(p, b, rows, scratch, session);
+      if (b != known) read_session<S>(p, b, rows, scratch, session);
       known = b;
     }
-    const int item = divide(now - before, each);
-    const int steps = steps_of(session, p.T, S::kKeys);
-    const int item_begin = before + item * each;
-    const int hk = plan.tiles_m == 1 ? item : divide(item, plan.tiles_m);
-    const Target at{b, hk, (item - hk * plan.tiles_m) * S::kRows};
-    const int valid = least(S::kRows, M - at.first_row);
-    const Range piece{now - item_begin, least(until - item_begin, steps)};
-    const Range part = part_of(piece, rank, C);
-    now = item_begin + each;
-
-    const int counted = counted_fresh(p.T, S::kKeys), old_count = session.old();
-    Range fresh{least(part.begin, counted), least(part.end, counted)};
-    if (counted == 0 && part.begin == 0 && part.end > 0) fresh = {0, ceil_div(p.T, S::kKeys)};
-    const Range old{least(most(part.begin - counted, 0), old_count), least(most(part.end - counted, 0), old_count)};
-    const bool idle = part.end == part.begin;
-    State<S> state;
-    if (!idle) {
-      attend<S>(p, plan, rows, session, at, valid, fresh, old, items, state, query_tile, stages);
+    if (threadIdx.x == 0) {
+      job.item = divide(now - before, each);
+      job.begin = before + job.item * each;
+      job.steps = steps_of(session, p.T, S::kKeys);
+      job.at.b = b;
+      job.at.hk = divide(job.item, plan.tiles_m);
+      job.at.first_row = (job.item - job.at.hk * plan.tiles_m) * S::kRows;
+      job.valid = least(S::kRows, p.T * plan.R - job.at.first_row);
+      job.share = share, job.until = until, job.each = each;
+      job.now = job.begin + each;
+      const Range part = part_of({now - job.begin, least(until - job.begin, job.steps)}, rank, C);
+      const int counted = counted_fresh(p.T, S::kKeys), old = session.old();
+      job.fresh = {least(part.begin, counted), least(part.end, counted)};
+      if (counted == 0 && part.begin == 0 && part.end > 0) job.fresh = {0, ceil_div(p.T, S::kKeys)};
+      job.old = {least(most(part.begin - counted, 0), old), least(most(part.end - counted, 0), old)};
     }
     __syncthreads();
+    const bool idle = job.fresh.begin == job.fresh.end && job.old.begin == job.old.end;
     float* out = reinterpret_cast<float*>(query_tile);
-    if (!idle) park<S>(state, valid, out, statistics);
+    if (!idle) {
+      State<S> state;
+      attend<S>(p, plan, rows, session, job, items, state, query_tile, stages);
+      __syncthreads();
+      park<S>(state, job.valid, out, statistics);
+    }
     __syncthreads();
-    const int first_worker = divide(item_begin, share), last_worker = divide(item_begin + steps - 1, share);
-    const Piece of{(int64_t{b} * items_each + item) * C + rank, first_worker, last_worker - first_worker + 1,
-                   item_begin, share};
-    merge<S>(p, plan, rows, at, of, valid, idle, worker, out, statistics, scratch);
+    merge<S>(p, plan, rows, job, idle, out, statistics, scratch);
+    // before the barrier: behind it the next job is written
+    now = job.now, until = job.until, share = job.share, each = job.each;
     __syncthreads();
   }
 }

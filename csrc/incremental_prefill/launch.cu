@@ -186,7 +186,6 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   plan.by_R = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.R - 1) / plan.R);
   plan.tiles_m = c.items / (p.B * p.HK);
   plan.workers_each = workers / c.items;
-  plan.fits = plan.workers_each * c.items * 10 >= workers * 9;
   const bool angles = wide_angles(p);
   plan.wide_q = angles && aligned(p.q, 2);
   plan.wide_kv = angles && aligned(p.k, 2) && aligned(p.v, 2);

@@ -20,9 +20,9 @@ struct Part {
   float4 o;
 };
 
-// `statistics(i)` -> (m, l) of source i, `values(i)` -> its o. Sources that saw nothing are not read. All reads of up to
-// MOST sources are under way at once.
-template <int MOST, typename Statistics, typename Values>
+// `statistics(i)` -> (m, l) of source i, `values(i)` -> its o. All reads of up to MOST sources are under way at once.
+// WRITTEN: o is there even for a source that saw nothing; else it is not read.
+template <int MOST, bool WRITTEN, typename Statistics, typename Values>
 __device__ __forceinline__ void join(Part& part, int n, Statistics statistics, Values values) {
   float2 ml[MOST];
   float4 o[MOST];
@@ -30,7 +30,7 @@ __device__ __forceinline__ void join(Part& part, int n, Statistics statistics, V
   for (int i = 0; i < MOST; ++i) ml[i] = i < n ? statistics(i) : make_float2(-INFINITY, 0.f);
 #pragma unroll
   for (int i = 0; i < MOST; ++i) {
-    o[i] = ml[i].y != 0.f ? values(i) : make_float4(0.f, 0.f, 0.f, 0.f);
+    o[i] = (WRITTEN ? i < n : ml[i].y != 0.f) ? values(i) : make_float4(0.f, 0.f, 0.f, 0.f);
   }
   float m = part.m;
 #pragma unroll
@@ -100,13 +100,13 @@ struct Partial {
 // Counts the block in, behind what it wrote; true in the last of `n`, which then sees what all wrote. Leaves the counter
 // at zero for the next launch.
 __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t n, int* shared_flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const bool last = atomicAdd(counter, 1u) == n - 1;
-    if (last) atomicExch(counter, 0u);
-    *shared_flag = last;
-    __threadfence();
+    // releases what the barrier has gathered, acquires what the others released
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(counter) : "memory");
+    if (before == n - 1) *counter = 0;
+    *shared_flag = before == n - 1;
   }
   __syncthreads();
   return *shared_flag != 0;

@@ -164,16 +164,19 @@ struct Shares {
   int share;     // steps of a worker
 };
 
-// Items alike, each of `steps`, for which there are `each` workers apiece (`fits`: hardly any is left over), cut so that
-// a share never straddles two items, unless that leaves workers idle. 2^smallest steps are worth a worker.
-SK_HOST_DEVICE Shares even_shares(int steps, int each, bool fits, int smallest) {
-  const int wanted = steps >> smallest;
-  if (each == 0 || (!fits && wanted > each)) return {0, 0};
-  const int share = divide(steps - 1, most(1, least(each, wanted))) + 1;
-  return {(divide(steps - 1, share) + 1) * share, share};
-}
+// 2^smallest steps are worth a worker.
 SK_HOST_DEVICE int uneven_share(int total, int workers, int smallest) {
-  return most(1, ceil_div(total, most(1, least(workers, total >> smallest))));
+  return total <= 0 ? 1 : divide(total - 1, most(1, least(workers, total >> smallest))) + 1;
+}
+// Items alike, each of `steps`: cut so that a share never straddles two items, as joining parts takes as long as a few
+// steps, unless that leaves workers idle for longer.
+constexpr int kStraddling = 4;  // steps
+SK_HOST_DEVICE Shares even_shares(int items, int steps, int workers, int each, int smallest) {
+  const int uneven = uneven_share(items * steps, workers, smallest);
+  if (each == 0) return {0, uneven};
+  const int share = divide(steps - 1, most(1, least(each, steps >> smallest))) + 1;
+  if (share > uneven + kStraddling) return {0, uneven};
+  return {(divide(steps - 1, share) + 1) * share, share};
 }
 
 // Part `i` of `n` of the range [begin, end).

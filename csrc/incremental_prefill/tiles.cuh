@@ -31,8 +31,9 @@ struct Shape {
   static constexpr int kOut = kRows * kOutRow * 4;  // bytes of one warp group's o
   // a warp that has all rows loads its own keys, and no other warp reads them
   static constexpr bool kPrivate = WARPS_M == 1;
-  static constexpr bool kQueryInRegisters = D <= 128;
   static constexpr bool kWgmma = SK_WGMMA && WARPS_M % 4 == 0 && D % 64 == 0;
+  // where there are registers left
+  static constexpr bool kQueryInRegisters = D <= 128 && (kWgmma || WARPS_M == 1);
   static_assert(kWarpKeys % 16 == 0 && D % 32 == 0, "whole 16 x 16 blocks");
 };
 

@@ -7,7 +7,7 @@
 #include "incremental_prefill/mma.cuh"
 
 // sm_90a only
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SK_NO_WGMMA)
 #define SK_WGMMA 1
 #else
 #define SK_WGMMA 0

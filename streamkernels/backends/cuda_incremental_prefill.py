@@ -1,4 +1,4 @@
-"""`incremental_prefill` on the CUDA kernel: packs a call into the words that csrc/incremental_prefill/call.cpp reads."""
+"""`incremental_prefill` on the CUDA kernel: packs a call into words, which csrc/incremental_prefill/call.cpp reads."""
 
 from __future__ import annotations
 

@@ -20,10 +20,16 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'streamkernels[triton]')"
-    return None
+    return None if _installed() else "triton is not installed (pip install 'streamkernels[triton]')"
+
+
+# a constant to torch.compile, which could not trace the search for a module
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def interpreting() -> bool:
@@ -145,14 +151,14 @@ def warmup(
 ) -> int:
     """Compile and load kernels ahead of the first call, so that no request pays for it.
 
-    Those of a streaming step (`rotate_append`), of `span_attention` and `prepare` with all slots ATTEND, of
-    `token_scores`, `select_tokens`, `compact`, `rotate` and `reanchor`. Runs each variant once on scratch tensors of
-    `device` (some 100 MB, freed on return), Triton and CUDA alike; a first time takes seconds per variant, a later
-    process finds what Triton keeps on disk.
+    Those of a streaming step (`incremental_prefill`, `rotate_append`), of `span_attention` and `prepare` with all slots
+    ATTEND, of `token_scores`, `select_tokens`, `compact`, `rotate` and `reanchor`. Runs each variant once on scratch
+    tensors of `device` (some 100 MB, freed on return), Triton and CUDA alike; a first time takes seconds per variant, a
+    later process finds what Triton keeps on disk.
 
     Args:
         head_dims, dtypes: those that the models in use have.
-        heads: (H, HK) of the models whose tokens are scored.
+        heads: (H, HK) of the models in use.
         slots: the numbers of spans per row in use: 1 for causal, 2 for a streaming mask.
         training: also the backward of `span_attention`.
         classes: also `span_attention` under a class table, as patched models use it for padded batches.
@@ -170,7 +176,35 @@ def warmup(
             ran += _warm_span_attention(place, D, dtype, slots, training, classes)
             ran += _warm_rows(place, D, dtype)
             ran += sum(_warm_token_scores(place, D, dtype, H, HK) for H, HK in heads)
+            ran += sum(_warm_incremental_prefill(place, D, dtype, H, HK) for H, HK in heads)
     torch.cuda.synchronize(place)
+    return ran
+
+
+def _warm_incremental_prefill(place: torch.device, D: int, dtype: torch.dtype, H: int, HK: int) -> int:
+    """The forward for rows of one role and of any, rotated by the kernel or before, and for one row, a few, and chunks
+    that are long; what the kernel is compiled for is H // HK."""
+    from ..core.cache import SOURCE, TARGET, StreamCache
+    from ..ops.incremental_prefill import incremental_prefill as op
+
+    ran = 0
+    R, long = H // HK, _launch("incremental_prefill", "LONG_CHUNK")
+    for T in sorted({1, 16 // R + 1, long, 1024 // R + 1}):
+        q, k = (torch.zeros(1, heads, T, D, dtype=dtype, device=place) for heads in (H, HK))
+        cache = StreamCache(
+            layers=1, batch=1, kv_heads=HK, head_dim=D, dtype=dtype, device=place, capacity=T + 1024, fixed=True
+        )
+        limit = torch.zeros(1, T, dtype=torch.int32, device=place)
+        mixed = torch.zeros(1, T, dtype=torch.int8, device=place)
+        for role, seen in ((SOURCE, None), (TARGET, limit), (mixed, limit)):
+            for cos in (torch.zeros(1, T, D // 2, device=place), None):
+                for backend in ("triton", "cuda"):
+                    try:
+                        op(q, k, k, cos, cos, cache, 0, role=role, source_limit=seen, backend=backend)
+                    except NotImplementedError:
+                        continue
+                    ran += 1
+                    cache.discard()
     return ran
 
 
@@ -239,8 +273,10 @@ def _warm_token_scores(place: torch.device, D: int, dtype: torch.dtype, H: int, 
     from ..ops.token_scores import token_scores as op
 
     q, k = (torch.zeros(1, heads, 1, D, dtype=dtype, device=place) for heads in (H, HK))
-    index = torch.zeros(1, 1, dtype=torch.int32, device=place)
-    return _ran(op, q, k, k, q, torch.zeros(1, H, 1, device=place), index, index[0])
+    lse, count = torch.zeros(1, H, 1, device=place), torch.zeros(1, dtype=torch.int32, device=place)
+    # few keys and many have tiles of their own; none of these is a key
+    lists = (torch.full((1, K), -1, dtype=torch.int32, device=place) for K in (1, (1 << 17) // HK + 1))
+    return sum(_ran(op, q, k, k, q, lse, index, count) for index in lists)
 
 
 def _warm_selection(place: torch.device) -> int:

@@ -56,7 +56,7 @@ class Keys:
         kept = None
         if len(runs) >= SLOTS[-1] or any(block.hidden is not None for block in self.blocks):
             like = next(x for block in self.blocks for x in (block.count, block.hidden) if x is not None)
-            kept = where(torch.cat([_seen(block, like.shape[0], like.device) for block in self.blocks], 1))
+            kept = where(self.live(like.shape[0], like.device))
         for name, value in (("runs", tuple(runs)), ("begin", begin), ("kept", kept)):
             object.__setattr__(self, name, value)
 
@@ -92,6 +92,11 @@ class Keys:
         count = None if rows.whole else rows.count - guesses
         block = Block(width, count, rows.is_vision[:, :width] if hide_vision else None)
         return Keys((*self.blocks, block), shift)
+
+    def live(self, B: int, device: torch.device) -> Tensor:
+        """bool [B, width]: the keys of the blocks that later rows see."""
+        blocks = [_seen(block, B, device) for block in self.blocks]
+        return torch.cat([torch.zeros((B, 0), dtype=torch.bool, device=device), *blocks], 1)
 
     def listed(self, HK: int) -> dict[str, Tensor]:
         """`kept` as a Spans has it, for so many heads; empty where runs say it."""

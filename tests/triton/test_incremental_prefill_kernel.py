@@ -1,5 +1,5 @@
-"""The Triton kernels of incremental_prefill against the reference in fp64, through the registered op: the interpreter on
-a CPU, compiled on a GPU.
+"""The Triton kernels of incremental_prefill against the reference in fp64, through the registered op: the interpreter
+on a CPU, compiled on a GPU.
 
 Run as `TRITON_INTERPRET=1 pytest tests/triton` without a GPU. The reference itself is tested in tests/ops.
 """
@@ -31,8 +31,8 @@ raw_backward = torch.ops.streamkernels.incremental_prefill_backward.default
 
 @dataclass(frozen=True)
 class Call:
-    """One raw call: committed `length` per sample, what the rows are, and the options. `limit`, `begin`: rows draw theirs
-    below it."""
+    """One raw call: committed `length` per sample, what the rows are, and the options. `limit`, `begin`: rows draw
+    theirs below it."""
 
     B: int = 2
     H: int = 4
@@ -112,20 +112,20 @@ def make(call: Call, dtype: torch.dtype, seed: int = 0) -> list:
         angles = torch.rand(1, call.T, call.rotary // 2, generator=g) * 6
         cos, sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
     segments = []
-    for r, window in enumerate(call.windows):
+    for r in (SOURCE, TARGET):
         for _ in "kv":
             x = draw(call.HK, call.capacity[r])
             for b in range(call.B):
-                x[b, :, (call.capacity[r] if window else max(0, call.length[b][r])) :] = NAN
                 x[b, :, max(0, call.length[b][r]) :] = NAN
             segments.append(x.to(DEVICE, dtype))
     length = torch.tensor(call.length, dtype=torch.int32, device=DEVICE)
     status = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    draw_rows = lambda low, high, kind: torch.randint(low, high, (call.B, call.T), generator=g, dtype=kind)  # noqa: E731
-    role = draw_rows(-1, 2, torch.int8).to(DEVICE) if call.role == "mixed" else None
-    rows = [
-        draw_rows(-2, n, torch.int32).to(DEVICE) if n else None for n in (call.limit, *call.begin)
-    ]
+
+    def draw_rows(low: int, high: int, kind: torch.dtype) -> Tensor:
+        return torch.randint(low, high, (call.B, call.T), generator=g, dtype=kind).to(DEVICE)
+
+    role = draw_rows(-1, 2, torch.int8) if call.role == "mixed" else None
+    rows = [draw_rows(-2, n, torch.int32) if n else None for n in (call.limit, *call.begin)]
     logits = torch.randn(call.H, generator=g).to(DEVICE) if call.sink_logits else None
     return [
         q, k, v, cos, sin, *segments, length, status, role, SOURCE if call.role == "source" else TARGET, *rows, None,

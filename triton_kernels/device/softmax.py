@@ -26,9 +26,10 @@ def power(x, PRECISION: tl.constexpr):
     by log2(e) and back would lose digits that plain PyTorch keeps."""
     if PRECISION == "ieee":
         # the GPU's exp is exp2(x log2(e)) with a rounded product: what the rounding lost comes back as a factor
+        x = tl.where(x < -150.0, -150.0, x)
         y = x * LOG2E
         lost = tl.fma(x, LOG2E, -y) + x * LOG2E_REST
-        return tl.where(x < -150.0, 0.0, tl.exp2(y) * (1.0 + lost * LN2))
+        return tl.exp2(y) * (1.0 + lost * LN2)
     else:
         return tl.exp2(x)
 

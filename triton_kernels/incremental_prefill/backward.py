@@ -1,12 +1,12 @@
-"""incremental_prefill backward: gradients of a chunk's own rows, with the joint lse and o; the keys of earlier calls are
-constants.
+"""incremental_prefill backward: gradients of a chunk's own rows, with the joint lse and o; the keys of earlier calls
+are constants.
 
-Four steps. `place_kernel` finds what each row sees and where each of the chunk's keys stands. `rotate_kernel` rotates q
-and k, `row_statistics_kernel` gives the log of the whole denominator and delta. `dq_kernel` walks the source, the
-target and the chunk, its key tiles split over programs as in the forward; `dkdv_kernel` walks the rows that may see a
-tile of the chunk. With p = exp(s - total):  dS = p (do . v - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = p^T do
-(FlashAttention-2, arXiv 2307.08691, section 2.3.2), delta = do . o - dlse / (1 - p_sink). `rotate_kernel` then sums dq's
-splits in their order and turns dq and dk back. Every output has one writer: deterministic without atomics.
+`place_kernel` finds what each row sees and where each of the chunk's keys stands, `rotate_kernel` rotates q and k,
+`row_statistics_kernel` gives the log of the whole denominator and delta. `dq_kernel` then walks the source, the target
+and the chunk, its key tiles split over programs as in the forward, and `dkdv_kernel` the rows that may see a tile of
+the chunk. With p = exp(s - total):  dS = p (do . v - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = p^T do
+(FlashAttention-2, arXiv 2307.08691, section 2.3.2), where delta = do . o - dlse / (1 - p_sink). `rotate_kernel` sums
+dq's splits in their order and turns dq and dk back. Every output has one writer: deterministic without atomics.
 """
 
 import triton
@@ -80,7 +80,21 @@ def place_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["T", "parts", "x_p", "x_b", "x_h", "x_t", "y_b", "y_h", "y_t", "cos_b", "cos_t", "sin_b", "sin_t"]
+    do_not_specialize=[
+        "T",
+        "parts",
+        "x_p",
+        "x_b",
+        "x_h",
+        "x_t",
+        "y_b",
+        "y_h",
+        "y_t",
+        "cos_b",
+        "cos_t",
+        "sin_b",
+        "sin_t",
+    ]
 )
 def rotate_kernel(
     x,  # [parts, B, heads, T, D]

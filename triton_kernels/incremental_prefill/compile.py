@@ -12,9 +12,24 @@ from .sight import count_chunks_kernel
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 INT32 = ("length", "status", "counts", "source_limit", "source_begin", "target_begin", "sight", "placed", "kept")
-FP32 = ("cos", "sin", "sink_logits", "lse", "dlse", "part_o", "part_dq", "part_m", "part_norm", "total", "delta", "share", "dk")
+FP32 = (
+    "cos",
+    "sin",
+    "sink_logits",
+    "lse",
+    "dlse",
+    "part_o",
+    "part_dq",
+    "part_m",
+    "part_norm",
+    "total",
+    "delta",
+    "share",
+    "dk",
+)
 PLAIN = {
-    "R": 7, "INTERLEAVED": False, "HAS_ROLE": False, "HAS_COUNTS": False, "SEGMENT": 1, "HAS_LIMIT": True, "HAS_SOURCE_BEGIN": False,
+    "R": 7, "INTERLEAVED": False, "HAS_ROLE": False, "HAS_COUNTS": False, "SEGMENT": 1, "HAS_LIMIT": True,
+    "HAS_SOURCE_BEGIN": False,
     "HAS_TARGET_BEGIN": False, "SINKS": False, "RINGS": 0, "SOFTCAP": False, "SINK_LOGITS": False, "CHUNK": True,
     "SPLIT": True, "MOST": tiles.MOST_SPLITS, "BLOCK_P": 16, "BACK": True, "HAS_DLSE": True, "BLOCK_T": 32,
 }  # fmt: skip

@@ -42,10 +42,45 @@ def finish_rows(acc, m, norm, sink_logits, h, SINK_LOGITS: tl.constexpr, PRECISI
 
 
 @triton.jit
-def store_chunk(to_k, to_v, at, keys, values, mask):
-    """Write rotated keys and values [BLOCK_C, BLOCK_D] to one segment."""
-    tl.store(to_k + at, keys, mask=mask)
-    tl.store(to_v + at, values, mask=mask)
+def place_chunk(
+    role, tc, T, role_t, sources, targets, source_length, target_length, source_total, target_total, source_capacity,
+    target_capacity, ring_sinks,
+    HAS_ROLE: tl.constexpr, SEGMENT: tl.constexpr, RINGS: tl.constexpr,
+):  # fmt: skip
+    """Where rows tc of the chunk stand: (whether it is a row of the source, of the target, and held; its stream index;
+    sources, targets with these rows; the bits of the status word that rows without a slot set)."""
+    here = tc < T
+    if HAS_ROLE:
+        r = tl.load(role + tc.to(tl.int64) * role_t, mask=here, other=-1).to(tl.int32)
+        of_source, of_target = r == 0, r == 1
+        source_rank = sources + tl.cumsum(of_source.to(tl.int32), 0) - 1
+        target_rank = targets + tl.cumsum(of_target.to(tl.int32), 0) - 1
+        sources += tl.sum(of_source.to(tl.int32), 0)
+        targets += tl.sum(of_target.to(tl.int32), 0)
+        j = tl.where(of_source, source_length + source_rank, target_length + target_rank)
+    else:
+        of_source, of_target = here & (SEGMENT == 0), here & (SEGMENT == 1)
+        j = tc + (source_length if SEGMENT == 0 else target_length)
+    held = tl.where(
+        of_source,
+        is_held(j, source_total, source_capacity, ring_sinks, RINGS % 2 == 1),
+        is_held(j, target_total, target_capacity, ring_sinks, RINGS >= 2),
+    )
+    # a ring drops no row: the next of its rows overwrites it
+    no_source = of_source & ((j < 0) | (RINGS % 2 == 0) & (j >= source_capacity))
+    no_target = of_target & ((j < 0) | (RINGS < 2) & (j >= target_capacity))
+    full = tl.max(no_source.to(tl.int32), 0) + 2 * tl.max(no_target.to(tl.int32), 0)
+    return of_source, of_target, held, j, sources, targets, full
+
+
+@triton.jit
+def write_rows(to_k, to_v, slots, keys, values, mask, k_s, v_s, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [BLOCK_C, BLOCK_D] to their slots of one segment of one head; strides in units of 8 elements."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    row = slots.to(tl.int64)[:, None]
+    mask = mask[:, None] & (d < D)
+    tl.store(to_k + row * (k_s * 8) + d, keys, mask=mask)
+    tl.store(to_v + row * (v_s * 8) + d, values, mask=mask)
 
 
 @triton.jit(
@@ -81,9 +116,9 @@ def attend_kernel(
     length_b, length_r, role_b, role_t, limit_b, limit_t, source_begin_b, source_begin_t, target_begin_b,
     target_begin_t,
     R: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_ROLE: tl.constexpr,
-    HAS_COUNTS: tl.constexpr, SEGMENT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_SOURCE_BEGIN: tl.constexpr, HAS_TARGET_BEGIN: tl.constexpr,
-    SINKS: tl.constexpr, RINGS: tl.constexpr, SOFTCAP: tl.constexpr, SINK_LOGITS: tl.constexpr, CHUNK: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, SEGMENT: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_SOURCE_BEGIN: tl.constexpr,
+    HAS_TARGET_BEGIN: tl.constexpr, SINKS: tl.constexpr, RINGS: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINK_LOGITS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -110,9 +145,7 @@ def attend_kernel(
         source_length, target_length, role, counts, T, role_t, HAS_ROLE, HAS_COUNTS, SEGMENT
     )
     opened = tl.cdiv(tile * BLOCK_M, R)
-    r, rank = rank_rows(
-        role, counts, t, inside, inside & (x % R == 0), opened, role_t, HAS_ROLE, HAS_COUNTS, SEGMENT
-    )
+    r, rank = rank_rows(role, counts, t, inside, inside & (x % R == 0), opened, role_t, HAS_ROLE, HAS_COUNTS, SEGMENT)
     asks = (r == 0) | (r == 1)
     index = rank + tl.where(r == 0, source_length, target_length)
     source_high, target_high = last_seen(r, index, source_limit + b * limit_b, t, limit_t, source_total, HAS_LIMIT)
@@ -156,54 +189,34 @@ def attend_kernel(
         targets = 0
         for c in tl.range(0, tl.where(split == 0, chunk_tiles, 0), num_stages=1):
             tc = c * BLOCK_C + tl.arange(0, BLOCK_C)
-            here = tc < T
-            if HAS_ROLE:
-                rc = tl.load(role + tc.to(tl.int64) * role_t, mask=here, other=-1).to(tl.int32)
-                from_source = rc == 0
-                source_rank = sources + tl.cumsum(from_source.to(tl.int32), 0) - 1
-                target_rank = targets + tl.cumsum((rc == 1).to(tl.int32), 0) - 1
-                sources += tl.sum(from_source.to(tl.int32), 0)
-                targets += tl.sum((rc == 1).to(tl.int32), 0)
-                j = tl.where(from_source, source_length + source_rank, target_length + target_rank)
-                here = from_source | (rc == 1)
-            else:
-                from_source = here & (SEGMENT == 0)
-                j = tc + (source_length if SEGMENT == 0 else target_length)
-            held = tl.where(
-                from_source,
-                is_held(j, source_total, source_capacity, ring_sinks, RINGS % 2 == 1),
-                is_held(j, target_total, target_capacity, ring_sinks, RINGS >= 2),
-            )
+            of_source, of_target, held, j, sources, targets, full = place_chunk(
+                role, tc, T, role_t, sources, targets, source_length, target_length, source_total, target_total,
+                source_capacity, target_capacity, ring_sinks, HAS_ROLE, SEGMENT, RINGS,
+            )  # fmt: skip
+            here = (of_source | of_target)[:, None]
             row = tc.to(tl.int64)[:, None]
+            # [BLOCK_C, BLOCK_D]
             keys = load_rotated(
                 k + b * (k_b * 8) + hk * (k_h * 8) + row * (k_t * 8), cos + b * cos_b + row * cos_t,
-                sin + b * sin_b + row * sin_t, here[:, None], D, ROTARY, INTERLEAVED, BLOCK_D, False,
+                sin + b * sin_b + row * sin_t, here, D, ROTARY, INTERLEAVED, BLOCK_D, False,
             ).to(k.dtype.element_ty)  # fmt: skip
-            values = tl.load(
-                v + b * (v_b * 8) + hk * (v_h * 8) + row * (v_t * 8) + d[None, :],
-                mask=here[:, None] & (d < D)[None, :], other=0.0,
-            )  # fmt: skip
-            to_source = from_source & held
-            to_target = here & held & (from_source == 0)
+            from_v = v + b * (v_b * 8) + hk * (v_h * 8) + row * (v_t * 8)
+            values = tl.load(from_v + d[None, :], mask=here & (d < D)[None, :], other=0.0)
+            of_source &= held
+            of_target &= held
             if HAS_ROLE or SEGMENT == 0:
-                to = slots_of(j, False, source_capacity, ring_sinks, RINGS % 2 * 3).to(tl.int64)[:, None]
-                mask = (writes & to_source)[:, None] & (d < D)[None, :]
-                tl.store(source_k + to * (sk_t * 8) + d[None, :], keys, mask=mask)
-                tl.store(source_v + to * (sv_t * 8) + d[None, :], values, mask=mask)
+                to = slots_of(j, False, source_capacity, ring_sinks, RINGS % 2 * 3)
+                write_rows(source_k, source_v, to, keys, values, of_source & writes, sk_t, sv_t, D, BLOCK_D)
             if BOTH:
-                to = slots_of(j, True, target_capacity, ring_sinks, RINGS // 2 * 3).to(tl.int64)[:, None]
-                mask = (writes & to_target)[:, None] & (d < D)[None, :]
-                tl.store(target_k + to * (tk_t * 8) + d[None, :], keys, mask=mask)
-                tl.store(target_v + to * (tv_t * 8) + d[None, :], values, mask=mask)
-            # a ring drops no row: the next of its rows overwrites it
-            no_source = from_source & ((j < 0) | (RINGS % 2 == 0) & (j >= source_capacity))
-            no_target = here & (from_source == 0) & ((j < 0) | (RINGS < 2) & (j >= target_capacity))
-            full = tl.max(no_source.to(tl.int32), 0) + 2 * tl.max(no_target.to(tl.int32), 0)
+                to = slots_of(j, True, target_capacity, ring_sinks, RINGS // 2 * 3)
+                write_rows(target_k, target_v, to, keys, values, of_target & writes, tk_t, tv_t, D, BLOCK_D)
             if writes & (full > 0):
                 tl.atomic_or(status, full)
-            seen = to_source[None, :] & sees_key(source_low[:, None], source_high[:, None], j[None, :], source_sinks, SINKS)
+            seen = of_source[None, :] & sees_key(
+                source_low[:, None], source_high[:, None], j[None, :], source_sinks, SINKS
+            )
             if BOTH:
-                seen |= to_target[None, :] & sees_key(
+                seen |= of_target[None, :] & sees_key(
                     target_low[:, None], target_high[:, None], j[None, :], target_sinks, SINKS
                 )
             used = tl.max((seen & asks[:, None]).to(tl.int32), 0)
@@ -214,10 +227,12 @@ def attend_kernel(
             acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
 
     # this program's share of the segments' tiles; the chunk counts as tiles of the first split
-    source_kept = source_length if CHUNK else source_total
-    target_kept = target_length if CHUNK else target_total
-    source_kept = tl.maximum(source_kept, 0) if RINGS % 2 == 1 else tl.minimum(tl.maximum(source_kept, 0), source_capacity)
-    target_kept = tl.maximum(target_kept, 0) if RINGS >= 2 else tl.minimum(tl.maximum(target_kept, 0), target_capacity)
+    source_kept = tl.maximum(source_length if CHUNK else source_total, 0)
+    target_kept = tl.maximum(target_length if CHUNK else target_total, 0)
+    if RINGS % 2 == 0:
+        source_kept = tl.minimum(source_kept, source_capacity)
+    if RINGS < 2:
+        target_kept = tl.minimum(target_kept, target_capacity)
     first_end, begin, end, most_begin, least_end = hull(source_low, source_high, asks, source_kept, source_sinks, SINKS)
     source_tiles = count_tiles(first_end, begin, end, BLOCK_S, SINKS)
     both_tiles = source_tiles
@@ -247,9 +262,7 @@ def attend_kernel(
         row = slots_of(j, second, capacity, ring_sinks, RINGS).to(tl.int64)[:, None]
         there = j < stop
         # [BLOCK_S, BLOCK_D]
-        keys = tl.load(
-            from_k + row * (k_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
-        )
+        keys = tl.load(from_k + row * (k_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
         s = cap(tl.dot(rows, keys.T, input_precision=PRECISION), inner, SOFTCAP)
         whole = (start >= most) & (start + BLOCK_S <= tl.minimum(least, stop))
         if HOLES:
@@ -260,9 +273,7 @@ def attend_kernel(
         elif not whole:
             s = tl.where(j[None, :] < tl.minimum(high, stop)[:, None], s, float("-inf"))
         m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
-        values = tl.load(
-            from_v + row * (v_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0
-        )
+        values = tl.load(from_v + row * (v_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
 
     # padding has seen garbage

@@ -56,7 +56,8 @@ def incremental_prefill(
         attend_kernel[(row_tiles * splits, HK, B)](
             q, k, v, *((q, q) if cos is None or sin is None else (cos, sin)),
             source_k, source_v, target_k, target_v, length, status,
-            *present(status, role, count_chunks(role), source_limit, source_begin, target_begin), logits, o, lse, *parts,
+            *present(status, role, count_chunks(role), source_limit, source_begin, target_begin),
+            logits, o, lse, *parts,
             *factors(scale, softcap, q.dtype), T, HK, splits, *capacities, *sinks, ring_sinks, *windows,
             *eighths(q), *eighths(k), *eighths(v), *angle_strides(cos, sin),
             *eighths(source_k), *eighths(source_v), *eighths(target_k), *eighths(target_v), *eighths(o),
@@ -81,7 +82,8 @@ def constants(
     return {
         "R": R, "D": q.shape[3], "ROTARY": 0 if cos is None else 2 * cos.shape[2], "INTERLEAVED": interleaved,
         "HAS_ROLE": role is not None,
-        "HAS_COUNTS": role is not None and role.shape[1] > STEP.value, "SEGMENT": segment if role is None else 0, "HAS_LIMIT": limit is not None,
+        "HAS_COUNTS": role is not None and role.shape[1] > STEP.value, "SEGMENT": segment if role is None else 0,
+        "HAS_LIMIT": limit is not None,
         "HAS_SOURCE_BEGIN": begins[0] is not None, "HAS_TARGET_BEGIN": begins[1] is not None, "SINKS": max(sinks) > 0,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip

@@ -93,7 +93,9 @@ def _places(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What rows see and where keys stand: sight [B, T, 4], placed [B, T, 2], kept [B, 2]."""
     B = length.shape[0]
-    sight, placed, kept = (torch.empty(n, dtype=torch.int32, device=length.device) for n in (B * T * 4, B * T * 2, B * 2))
+    sight, placed, kept = (
+        torch.empty(n, dtype=torch.int32, device=length.device) for n in (B * T * 4, B * T * 2, B * 2)
+    )
     given = present(length, role, count_chunks(role), limit, source_begin, target_begin)
     names = ("HAS_ROLE", "HAS_COUNTS", "SEGMENT", "HAS_LIMIT", "HAS_SOURCE_BEGIN", "HAS_TARGET_BEGIN")
     place_kernel[(triton.cdiv(T, 128), B)](

@@ -1,5 +1,5 @@
-"""Tiles of incremental_prefill as data: keyed by kernel, kind of GPU, head dim, element size and whether the rows of a key
-head fill a small or a large tile; a length is never a key."""
+"""Tiles of incremental_prefill as data: keyed by kernel, kind of GPU, head dim and element size; a length is never a
+key."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ LONG_CHUNK = 256
 
 @dataclass(frozen=True)
 class Tile:
-    """BLOCK_M rows (row, query head) by BLOCK_S keys, BLOCK_C keys of the chunk, warps, stages of the software pipeline,
-    and programs that one multiprocessor holds."""
+    """BLOCK_M rows (row, query head) by BLOCK_S keys, BLOCK_C keys of the chunk, warps, stages of the software
+    pipeline, and programs that one multiprocessor holds."""
 
     block_m: int
     block_s: int
@@ -89,7 +89,9 @@ for kind in ("medium", "small"):
     }
 # fp32 has no IEEE tensor cores: the multiply-add units keep whole operands in registers
 for kind in SHARED:
-    TABLE |= {(kernel, kind, D, 4): Tile(16, 32, 16, 4, 1, 2) for kernel in ("few", "some", "many") for D in (64, 128, 256)}
+    TABLE |= {
+        (kernel, kind, D, 4): Tile(16, 32, 16, 4, 1, 2) for kernel in ("few", "some", "many") for D in (64, 128, 256)
+    }
     TABLE |= {(kernel, kind, D, 4): Tile(32, 16, 16, 8, 1, 1) for kernel in ("dq", "dkdv") for D in (64, 128, 256)}
 
 WITH_HOLES = {
