@@ -38,10 +38,12 @@ class VisionPruning:
         decode_sees_shallow: whether later tokens see the vision keys of those layers. The code masks only prompts
             of more than 611 tokens (True); the paper leaves those keys out (False).
         first_probe_layer: default 7, the first layer above the code's `shallow_mid_layer` of 6 (strictly above).
-        layer_threshold: 0.995 (section 4.3; `layer_threshold` of the code's scripts). A cosine below it filters.
-        token_threshold: 0.2 (section 4.3; `tokens_threshold`). Norms above it stay. An absolute number: activations of
-            another model, or another scale, want another one.
-        exit_threshold: 0.999, a constant in the code. exit_count: 2 (section 4.4; the code's constant).
+        layer_threshold: 0.995, the paper's number and `layer_threshold` of the code's scripts
+            (`scripts/v1_5/visiPruner_eval`). A cosine below it filters.
+        token_threshold: 0.2, likewise (`tokens_threshold`). Norms above it stay. An absolute number: a model with
+            activations of another scale wants another one.
+        exit_threshold: 0.999, a constant of the code (`custom_modeling_llama.py`, lines 560 to 568).
+        exit_count: 2, the paper's "two consecutive layers" and the code's constant (line 1398).
         consecutive: whether those layers must follow one another, as the paper says, or add up (False), as the code
             does.
         schedule: {layer: tokens} fixes it instead: after `layer` so many of a sample's vision tokens are left, an int,

@@ -161,6 +161,10 @@ class Report:
                 lines.append(f"  {what}: {ours:.2f} ms, dense {dense:.2f} ms: {self.times.speedup(what):.2f} x")
             elif ours is not None:
                 lines.append(f"  {what}: {ours:.2f} ms, dense not measured")
+        measured = (self.times.prefill, self.times.dense_prefill, self.times.decode, self.times.dense_decode)
+        if None not in measured:
+            tokens = self.times.break_even()
+            lines.append("  no slower than dense " + ("never" if tokens is None else f"from {tokens:.0f} tokens on"))
         return "\n".join(lines)
 
 

@@ -222,8 +222,6 @@ def test_second_prompt_with_a_new_image(kind, static, samples):
     }
     layers = 10 if kind in ("reference", "paper") else LAYERS
     model, config = model_of("llava", layers), configs[kind]
-    if kind == "paper":
-        config = VisionPruning.paper(layer_threshold=0.98, token_threshold=0.5, shallow=(("sink", "skip"),))
     first = prompt_of("llava", samples)
     second = prompt_of("llava", [[2, "image", 3]] + [[4], ["image", 5]][: len(samples) - 1], seed=1)
     parts = [first.inputs["input_ids"], second.inputs["input_ids"]]

@@ -68,6 +68,7 @@ def test_no_speed_up_without_a_dense_time():
     both = Times(prefill=6.0, dense_prefill=5.0, decode=2.0, dense_decode=2.5)
     assert both.speedup("decode") == 1.25 and both.break_even() == 2.0
     assert "prefill: 6.00 ms, dense 5.00 ms: 0.83 x" in str(report.with_times(both))
+    assert str(report.with_times(both)).endswith("no slower than dense from 2 tokens on")
     assert replace(both, prefill=5.0).break_even() == 0.0
     assert replace(both, decode=2.5).break_even() is None
     with pytest.raises(ValueError, match="Times: decode: expected a number > 0"):
