@@ -146,9 +146,9 @@ def warmup(
     """Compile and load kernels ahead of the first call, so that no request pays for it.
 
     Those of a streaming step (`incremental_prefill`, `rotate_append`), of `span_attention` and `prepare` with all slots
-    ATTEND, of `token_scores`, `select_tokens`, `compact`, `rotate` and `reanchor`. Runs each variant once on scratch tensors of
-    `device` (some 100 MB, freed on return), Triton and CUDA alike; a first time takes seconds per variant, a later
-    process finds what Triton keeps on disk.
+    ATTEND, of `token_scores`, `select_tokens`, `compact`, `rotate` and `reanchor`. Runs each variant once on scratch
+    tensors of `device` (some 100 MB, freed on return), Triton and CUDA alike; a first time takes seconds per variant, a
+    later process finds what Triton keeps on disk.
 
     Args:
         head_dims, dtypes: those that the models in use have.
