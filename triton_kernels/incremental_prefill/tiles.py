@@ -9,8 +9,8 @@ SHARED = {"large": 227, "medium": 163, "small": 99}
 KINDS = {"few": 16, "some": 1024, "many": 1 << 62}
 # the most splits of a launch
 MOST_SPLITS = 128
-# from so many rows on a chunk is written by rotate_append first, and its keys are read from the segments: on an H200 the
-# kernel takes about 2 us per 16 rows that it rotates itself, a launch about 3 us
+# from so many rows on a chunk is written by rotate_append first, and its keys are read from the segments: on an H200
+# the kernel takes about 2 us per 16 rows that it rotates itself, a launch about 3 us
 LONG_CHUNK = 64
 
 
