@@ -84,19 +84,21 @@ def floor_ms(model, context: Context, bandwidth: float) -> float:
 @torch.inference_mode()
 def word_ms(model, make, words: int, warm: int = 2) -> float:
     """Median milliseconds of one word, host included, tokens read."""
+    if make.func.attention:
+        model.set_attn_implementation(make.func.attention)
     loop = make()
-    if getattr(loop, "attention", None):
-        model.set_attn_implementation(loop.attention)
     times = []
-    for n in range(warm + words):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        loop.word()
-        torch.cuda.synchronize()
-        if n >= warm:
-            times.append((time.perf_counter() - begin) * 1e3)
-    if hasattr(loop, "close"):
-        loop.close()
+    try:
+        for n in range(warm + words):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            loop.word()
+            torch.cuda.synchronize()
+            if n >= warm:
+                times.append((time.perf_counter() - begin) * 1e3)
+    finally:
+        if hasattr(loop, "close"):
+            loop.close()
     return statistics.median(times)
 
 

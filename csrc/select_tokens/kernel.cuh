@@ -4,6 +4,7 @@
 
 #include "select_tokens/params.h"
 #include "streamkernels/numbers.cuh"
+#include "streamkernels/overlap.cuh"
 
 namespace sk::select_tokens {
 
@@ -114,6 +115,7 @@ template <typename Element>
 __global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(const __grid_constant__ Params p) {
   __shared__ int above_of[kMaxWarps], equal_of[kMaxWarps];
   const int b = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  wait_for_launch_before();
   Element rounded;
   from_float(p.threshold, rounded);
   int length = p.K;

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "select_tokens/kernel.cuh"
+#include "streamkernels/overlap.cuh"
 #include "streamkernels/runtime.h"
 
 namespace sk::select_tokens {
@@ -24,8 +25,7 @@ Kernel choose(DType dtype) {
 void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   if (p.B == 0) return;
   const DeviceGuard guard(device);
-  choose(dtype)<<<p.B, threads_for(p.K), 0, reinterpret_cast<cudaStream_t>(stream)>>>(p);
-  check_launch("select_tokens");
+  launch_overlapped("select_tokens", choose(dtype), p.B, threads_for(p.K), device, stream, p);
 }
 
 void preload(int device) {

@@ -226,25 +226,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ int keys[kRing][kKeys];
   __shared__ Range ranges[kMaxSlots];
 
-  const int split = blockIdx.x % plan.splits, unit = blockIdx.x / plan.splits;
-  Tile tile;
-  tile.R = p.H / p.HK;
-  tile.hk = unit / plan.tiles % p.HK;
-  tile.b = unit / plan.tiles / p.HK;
-  tile.first = unit % plan.tiles * ROWS;
-  tile.rows = min(ROWS, p.T * tile.R - tile.first);
+  const int split = blockIdx.x % plan.splits;
+  const Tile tile(p, blockIdx.x / plan.splits, plan.tiles, ROWS);
   const int warp = threadIdx.x / 32, thread = threadIdx.x;
   char* queries = memory + plan.stages * stage_bytes(D);
-
-  const Kept kept(p, tile);
-  for (int n = warp; n < p.N; n += kWarps) {
-    const Range range = read_slot<ROWS>(p, tile, n, kept, spans);
-    if (thread % 32 == 0) ranges[n] = range;
-  }
   read_queries<Element, D, ROWS>(p, tile, queries);
-  __syncthreads();
-  if (thread == 0) take_share(ranges, p.N, split, plan.splits);
-  __syncthreads();
+  find_share<ROWS>(p, tile, split, plan.splits, spans, ranges);
 
   const Element* k = static_cast<const Element*>(p.k.data) + tile.b * p.k.batch + tile.hk * p.k.head;
   const Element* v = static_cast<const Element*>(p.v.data) + tile.b * p.v.batch + tile.hk * p.v.head;

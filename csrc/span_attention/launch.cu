@@ -5,13 +5,13 @@
 
 #include "span_attention/kernel.cuh"
 #include "streamkernels/error.h"
+#include "streamkernels/overlap.cuh"
 #include "streamkernels/runtime.h"
 
 namespace sk::span_attention {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int kOverlapSince = 9;  // compute capability with programmatic dependent launch
 using Kernel = void (*)(Params, Plan);
 
 template <typename Element, int ROWS>
@@ -62,23 +62,6 @@ void allow(Kernel kernel, int device) {
         "span_attention: asking for shared memory");
 }
 
-// The join is set up while the last blocks of the kernel before it still run.
-void launch_join(const Params& p, const Plan& plan, DType dtype, int device, cudaStream_t stream) {
-  static std::atomic<int> capability[kMaxDevices];
-  if (capability[device].load() == 0) capability[device] = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(static_cast<int64_t>(p.B) * p.H * p.T));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = capability[device].load() >= kOverlapSince ? 1 : 0;
-  const Kernel join = dtype == DType::kFloat16 ? join_kernel<Float16> : join_kernel<BFloat16>;
-  check(cudaLaunchKernelEx(&config, join, p, plan), "span_attention: joining the splits");
-}
-
 bool known_dim(int D) {
   return D == 64 || D == 96 || D == 128 || D == 256;
 }
@@ -108,7 +91,9 @@ void launch(const Params& p, int splits, DType dtype, int device, uintptr_t stre
   kernel<<<static_cast<unsigned>(blocks), kThreads, plan.shared, on>>>(p, plan);
   check_launch("span_attention");
   if (plan.splits == 1) return;
-  launch_join(p, plan, dtype, device, on);
+  const Kernel join = dtype == DType::kFloat16 ? join_kernel<Float16> : join_kernel<BFloat16>;
+  launch_overlapped("span_attention: joining the splits", join, static_cast<int64_t>(p.B) * p.H * p.T, kThreads, device,
+                    stream, p, plan);
 }
 
 void preload(int device) {

@@ -16,6 +16,12 @@ struct Range {
 struct Tile {
   int b, hk, first, rows, R;
 
+  // block `unit` of B * HK * tiles
+  __device__ __forceinline__ Tile(const Params& p, int unit, int tiles, int most_rows)
+      : b(unit / tiles / p.HK), hk(unit / tiles % p.HK), first(unit % tiles * most_rows), R(p.H / p.HK) {
+    rows = min(most_rows, p.T * R - first);
+  }
+
   __device__ __forceinline__ int row(int i) const { return (first + i) / R; }
   __device__ __forceinline__ int head(int i) const { return hk * R + (first + i) % R; }
 };
@@ -110,6 +116,20 @@ __device__ __forceinline__ void take_share(Range* ranges, int N, int split, int 
     ranges[n].end = begin < end ? static_cast<int>(min(int64_t{range.end}, range.begin + end * int64_t{kRun})) : 0;
     offset += runs;
   }
+}
+
+// The whole block: the spans of its rows, and its share of every slot's hull. Ends in a barrier.
+template <int ROWS>
+__device__ __forceinline__ void find_share(const Params& p, const Tile& tile, int split, int splits,
+                                           int2 (*spans)[kMaxSlots], Range* ranges) {
+  const Kept kept(p, tile);
+  for (int n = threadIdx.x / 32; n < p.N; n += kWarps) {
+    const Range range = read_slot<ROWS>(p, tile, n, kept, spans);
+    if (threadIdx.x % 32 == 0) ranges[n] = range;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) take_share(ranges, p.N, split, splits);
+  __syncthreads();
 }
 
 // Walks over the tiles of a block's share: entries [at, at + kKeys) of slot n, up to the slot's end.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "streamkernels/chunk.cuh"
+#include "streamkernels/overlap.cuh"
 #include "token_scores/params.h"
 #include "token_scores/plan.h"
 
@@ -215,6 +216,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
       }
       if (first == 0) shared[(warp * kSlots + u) * kGroups + group] = sums[u];
     }
+    let_next_launch_begin();
     float square = square_of_output<Element>(p, b, plan.vectors);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(kAll, square, step);

@@ -20,10 +20,16 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'streamkernels[triton]')"
-    return None
+    return None if _installed() else "triton is not installed (pip install 'streamkernels[triton]')"
+
+
+# a constant to torch.compile, which could not trace the search for a module
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def interpreting() -> bool:
@@ -267,8 +273,10 @@ def _warm_token_scores(place: torch.device, D: int, dtype: torch.dtype, H: int, 
     from ..ops.token_scores import token_scores as op
 
     q, k = (torch.zeros(1, heads, 1, D, dtype=dtype, device=place) for heads in (H, HK))
-    index = torch.zeros(1, 1, dtype=torch.int32, device=place)
-    return _ran(op, q, k, k, q, torch.zeros(1, H, 1, device=place), index, index[0])
+    lse, count = torch.zeros(1, H, 1, device=place), torch.zeros(1, dtype=torch.int32, device=place)
+    # few keys and many have tiles of their own; none of these is a key
+    lists = (torch.full((1, K), -1, dtype=torch.int32, device=place) for K in (1, (1 << 17) // HK + 1))
+    return sum(_ran(op, q, k, k, q, lse, index, count) for index in lists)
 
 
 def _warm_selection(place: torch.device) -> int:

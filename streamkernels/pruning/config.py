@@ -54,6 +54,10 @@ class VisionPruning:
         positions: "kept": tokens keep the positions they had (VisiPruner and FastV). "renumbered": from the layer
             after a drop on, the prompt's remaining tokens stand at consecutive positions, and so do later tokens
             (PyramidDrop). Not for M-RoPE.
+        compaction: True drops rows and keys. False computes all rows in all layers and keeps the cache whole: nothing
+            of a prefill is saved, but nothing of an image is lost. Each prompt on the cache, also one without an image,
+            selects anew among all vision tokens before it, and its text, and what is generated behind it, attends to
+            those by their places (`KEPT` spans). Without shallow stages and with positions "kept" only.
         when_unprofitable: what to do if the committed costs of this device (`streamkernels/pruning/costs.py`) say that
             a prompt is faster without: "warn" (and prune), "off" (run it dense), "ignore". Where there are no costs
             for the device, the report says so and pruning runs.
@@ -72,6 +76,7 @@ class VisionPruning:
     schedule: Mapping[int, int | float] | None = None
     score: Score = "norm"
     positions: str = "kept"
+    compaction: bool = True
     when_unprofitable: str = "warn"
     name: str = field(default="fast", compare=False)
 
@@ -81,7 +86,7 @@ class VisionPruning:
         check_int(OP, "exit_count", self.exit_count, minimum=1)
         for name in ("layer_threshold", "token_threshold", "exit_threshold"):
             check_number(OP, name, getattr(self, name))
-        for name in ("decode_sees_shallow", "consecutive"):
+        for name in ("decode_sees_shallow", "consecutive", "compaction"):
             if not isinstance(getattr(self, name), bool):
                 refuse(OP, name, "a bool", getattr(self, name), TypeError)
         _one_of("positions", self.positions, ("kept", "renumbered"))
@@ -96,6 +101,8 @@ class VisionPruning:
         if first < len(self.shallow):
             name = "first_probe_layer" if self.schedule is None else "schedule"
             refuse(OP, name, f"a layer of at least {len(self.shallow)}, behind the shallow ones", first)
+        if not self.compaction and (self.shallow or self.positions != "kept"):
+            refuse(OP, "compaction", "True, under shallow stages and renumbered positions", False)
         if not self.decode_sees_shallow and not self.shallow:
             refuse(OP, "decode_sees_shallow", "True, because there are no shallow layers", False)
 

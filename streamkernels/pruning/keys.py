@@ -7,8 +7,7 @@ and behind them what was generated. A sample's own rows are at the front of a bl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,10 +35,30 @@ class Keys:
     """The blocks of one layer's cache; layers that hold the same share one object.
 
     shift: int32 [B], by how much later positions are smaller than those of the call, where positions are renumbered.
+    runs: (begin, end [B]) of the runs of meaningful keys that do not reach to the end of the blocks. begin: of the run
+    that does; whatever comes behind the blocks belongs to it. kept: where runs do not say it, the keys that later rows
+    see, int32 [B, width] and [B].
     """
 
     blocks: tuple[Block, ...] = ()
     shift: Tensor | None = None
+    runs: tuple[tuple[int, Tensor], ...] = field(init=False)
+    begin: int = field(init=False)
+    kept: tuple[Tensor, Tensor] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        runs, begin, at = [], 0, 0
+        for block in self.blocks:
+            if block.count is not None:
+                runs.append((begin, block.count + at))
+                begin = at + block.width
+            at += block.width
+        kept = None
+        if len(runs) >= SLOTS[-1] or any(block.hidden is not None for block in self.blocks):
+            like = next(x for block in self.blocks for x in (block.count, block.hidden) if x is not None)
+            kept = where(self.live(like.shape[0], like.device))
+        for name, value in (("runs", tuple(runs)), ("begin", begin), ("kept", kept)):
+            object.__setattr__(self, name, value)
 
     @property
     def width(self) -> int:
@@ -74,26 +93,10 @@ class Keys:
         block = Block(width, count, rows.is_vision[:, :width] if hide_vision else None)
         return Keys((*self.blocks, block), shift)
 
-    @cached_property
-    def runs(self) -> tuple[list[tuple[int, Tensor]], int]:
-        """(begin, end [B]) of the runs of meaningful keys that do not reach to the end of the blocks, and where the run
-        begins that does, to which whatever comes behind the blocks belongs."""
-        runs, begin, at = [], 0, 0
-        for block in self.blocks:
-            if block.count is not None:
-                runs.append((begin, block.count + at))
-                begin = at + block.width
-            at += block.width
-        return runs, begin
-
-    @cached_property
-    def kept(self) -> tuple[Tensor, Tensor] | None:
-        """The keys that later rows see, int32 [B, width] and [B], where runs do not say it; else None."""
-        if len(self.runs[0]) < SLOTS[-1] and not any(block.hidden is not None for block in self.blocks):
-            return None
-        like = next(x for block in self.blocks for x in (block.count, block.hidden) if x is not None)
-        live = torch.cat([_seen(block, like.shape[0], like.device) for block in self.blocks], 1)
-        return where(live)
+    def live(self, B: int, device: torch.device) -> Tensor:
+        """bool [B, width]: the keys of the blocks that later rows see."""
+        blocks = [_seen(block, B, device) for block in self.blocks]
+        return torch.cat([torch.zeros((B, 0), dtype=torch.bool, device=device), *blocks], 1)
 
     def listed(self, HK: int) -> dict[str, Tensor]:
         """`kept` as a Spans has it, for so many heads; empty where runs say it."""
@@ -112,9 +115,8 @@ class Keys:
         if listed:
             zero, width = torch.zeros_like(end), torch.full_like(end, self.width)
             return Spans(bounds_of([(zero, width), (width, end)], B, own), rules=(KEPT, ATTEND), **listed)
-        runs, begin = self.runs
-        columns = [(torch.full_like(end, b), until[:, None]) for b, until in runs]
-        return Spans(bounds_of([*columns, (torch.full_like(end, begin), end)], B, own))
+        columns = [(torch.full_like(end, b), until[:, None]) for b, until in self.runs]
+        return Spans(bounds_of([*columns, (torch.full_like(end, self.begin), end)], B, own))
 
 
 def bounds_of(columns: list[tuple[Tensor, Tensor]], B: int, own: Tensor | None) -> Tensor:
@@ -143,9 +145,8 @@ def behind(keys: Keys, spans: Spans, counts: Sequence[int], S: int, HK: int) -> 
     if listed:
         past = [(zero, zero + start)]
     else:
-        runs, begin = keys.runs
-        past = [(zero + b, until[:, None]) for b, until in runs]
-        past += [(zero + begin, zero + start)] if begin < start else []
+        past = [(zero + b, until[:, None]) for b, until in keys.runs]
+        past += [(zero + keys.begin, zero + start)] if keys.begin < start else []
     used = [n for n, rule in enumerate(spans.rules) if rule != ATTEND or n == 0 or bool(real[:, :, n].any())]
     width = len(past) + len(used)
     if width > SLOTS[-1]:

@@ -77,12 +77,12 @@ class Times:
 class Report:
     """One prompt under `prune_vision`. Layers count from 0; lists have one entry per layer, tuples one per sample.
 
-    tokens: rows of the prompt (padding with it). past: keys that the cache held before. vision, real: vision tokens and
-    all tokens of each sample. width: rows that each layer computed for each sample, empty ones with it. rows,
-    vision_rows: those of each sample that mean something. seen: keys of each sample's cache, before this prompt, that
-    the layer saw. filter_layer, exit_layer: after which layer a sample's tokens were first dropped, and after which all
-    were gone (-1: never). probe_reads: reads of 8 bytes, one for each probed layer; layout_reads: reads before the
-    first layer; verdict: what the cost table said.
+    tokens: rows of the prompt (padding with it). past: keys that the cache held before. vision, real: vision tokens
+    and all tokens of each sample. width: rows that each layer computed for each sample, empty ones with it; cached:
+    keys that its cache got. rows, vision_rows: those of each sample that mean something. seen: keys of each sample's
+    cache, before this prompt, that the layer saw. filter_layer, exit_layer: after which layer a sample's tokens were
+    first dropped, and after which all were gone (-1: never). probe_reads: reads of 8 bytes, one for each probed
+    layer; layout_reads: reads before the first layer; verdict: what the cost table said.
     """
 
     model: ModelShape
@@ -92,6 +92,7 @@ class Report:
     vision: tuple[int, ...]
     real: tuple[int, ...]
     width: list[int]
+    cached: list[int]
     rows: list[tuple[int, ...]]
     vision_rows: list[tuple[int, ...]]
     seen: list[tuple[int, ...]]
@@ -130,7 +131,7 @@ class Report:
     def kv_bytes(self, dense: bool = False) -> int:
         """Bytes of the keys and values that this prompt put into the cache."""
         each = 2 * self.model.kv_heads * self.model.head_dim * self.element_size
-        return (self.tokens * self.model.layers if dense else sum(self.width)) * self.batch * each
+        return (self.tokens * self.model.layers if dense else sum(self.cached)) * self.batch * each
 
     @property
     def reads(self) -> int:

@@ -104,8 +104,6 @@ class Stages:
 
     def __post_init__(self) -> None:
         vision, B = self.layout.vision, self.layout.vision.shape[0]
-        if self.layout.real is not None:
-            vision = vision & self.layout.real
         counts = self.layout.counts
         self._most = None if counts is None else max((v for _, v in counts), default=0)
         self.rows = Rows.all(vision, self._most)

@@ -39,6 +39,7 @@ class Literal:
         self.config, self.layers, self.real, self.turns = config, layers, real, turns
         B = real.shape[0]
         self.dropped = torch.zeros_like(real)
+        self.dropped_by = [self.dropped.clone() for _ in turns]  # by each prompt
         self.dropped_at = [self.dropped.clone() for _ in range(layers)]  # before each layer
         self.hits = [[0] * B for _ in turns]
         self.filtered = [[False] * B for _ in turns]
@@ -49,7 +50,7 @@ class Literal:
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         layer, (B, _, S, _) = module.layer_idx, q.shape
         self.dropped_at[layer] = self.dropped.clone()
-        visible = torch.ones(S, S, dtype=torch.bool).tril() & self.real[:, None] & ~self.dropped[:, None]
+        visible = torch.ones(S, S, dtype=torch.bool).tril() & self.real[:, None] & ~self._hidden()
         visible = visible | torch.eye(S, dtype=torch.bool)  # padding rows, whatever they give
         shallow = self.config.shallow[layer] if layer < len(self.config.shallow) else ("attend", "attend")
         skip = self._skipped(shallow, visible)
@@ -63,6 +64,18 @@ class Literal:
             for b in range(B):
                 self._select(n, turn, b, layer, weights[b, :, turn.last[b]], values[b])
         return (weights @ values).transpose(1, 2).contiguous()
+
+    def _hidden(self) -> Tensor:
+        """bool [B, S or 1, S]: keys that were dropped; without compaction for the text since the latest prompt only."""
+        if self.config.compaction:
+            return self.dropped[:, None]
+        B, S = self.real.shape
+        out = torch.zeros(B, S, S, dtype=torch.bool)
+        every = torch.stack([turn.vision for turn in self.turns]).any(0)
+        for n, turn in enumerate(self.turns):
+            end = self.turns[n + 1].begin if n + 1 < len(self.turns) else S
+            out[:, turn.begin : end] = self.dropped_by[n][:, None] & ~every[:, turn.begin : end, None]
+        return out
 
     def _rows(self, turn: Turn, b: int) -> tuple[Tensor, Tensor]:
         """bool [S]: the turn's own text rows, and its vision rows."""
@@ -103,8 +116,12 @@ class Literal:
 
     def _select(self, n: int, turn: Turn, b: int, layer: int, weights: Tensor, values: Tensor) -> None:
         config = self.config
-        keys = (turn.vision[b] & ~self.dropped[b]).nonzero()[:, 0]
-        if layer > self.layers - 2 or not turn.vision[b].any():
+        vision = turn.vision[b]
+        if not config.compaction:
+            vision = torch.stack([t.vision[b] for t in self.turns[: n + 1]]).any(0)
+        dropped = self.dropped[b] if config.compaction else self.dropped_by[n][b]
+        keys = (vision & ~dropped).nonzero()[:, 0]
+        if layer > self.layers - 2 or not vision.any():
             return
         contribution = (weights[:, :, None] * values).transpose(0, 1).flatten(1)  # [S, H D]
         o = contribution.sum(0)
@@ -114,8 +131,10 @@ class Literal:
             if layer not in config.schedule:
                 return
             k = config.schedule[layer]
-            k = k if isinstance(k, int) else int(int(turn.vision[b].sum()) * k)
+            k = k if isinstance(k, int) else int(int(vision.sum()) * k)
             score = norm if config.score == "norm" else weights[:, keys].mean(0)
+            if callable(config.score):  # the tests' only one: the first tokens stay
+                score = -keys.float()
             best = sorted(range(len(keys)), key=lambda i: (-float(score[i]), i))[:k]
             self._keep(n, layer, b, keys, sorted(int(keys[i]) for i in best))
             return
@@ -135,8 +154,9 @@ class Literal:
             self._keep(n, layer, b, keys, [])
 
     def _keep(self, n: int, layer: int, b: int, keys: Tensor, kept: list[int]) -> None:
-        self.dropped[b, keys] = True
-        self.dropped[b, kept] = False
+        for dropped in (self.dropped, self.dropped_by[n]):
+            dropped[b, keys] = True
+            dropped[b, kept] = False
         self.kept.append((n, layer, b, kept))
 
 

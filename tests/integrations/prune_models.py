@@ -98,7 +98,11 @@ def _internvl(layers: int) -> Any:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
 
     vision = dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=[24, 24],
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=[24, 24],
         patch_size=[4, 4],
     )
     config = InternVLConfig(

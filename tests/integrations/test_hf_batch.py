@@ -266,6 +266,7 @@ def test_a_forward_that_fails_changes_nothing(tiny):
             batch.write([0, 2, 3])
         hook.remove()
         assert torch.equal(batch.cache.stream.length(), lengths)
+        batch.cache.stream.pop(0)  # raises while rows are staged
         rest = [source[1:] for source in SOURCES]
         list(batch.run(rest))
         for row in range(4):
@@ -466,21 +467,41 @@ def test_the_graphs_of_a_batch(tiny, family, monkeypatch):
         sample=lambda row: never_end,
         **OPTIONS,
     ) as batch:
-        exact = []
+        exact, kept = [], []
         step = batch._model.step
-        batch._model.step = lambda steps: (step(steps), exact.append(cache.stream._lengths.exact))[0]
+
+        def watched(steps):
+            answers = step(steps)
+            exact.append(cache.stream._lengths.exact)
+            kept.extend((a, a.clone()) for row, a in answers.items() if steps[row].target)
+            return answers
+
+        batch._model.step = watched
         list(batch.run(SOURCES))
+        # no later replay writes over logits that a session may still look at
+        assert all(torch.equal(a, b) for a, b in kept)
         assert all(exact) and 2 < len(captured) <= 2 * len(graphs.BUCKETS)
         assert cache.stream.length(0).tolist() == batch._model.lengths
         assert [cache.stream.longest(r) for r in (0, 1)] == [max(n[r] for n in batch._model.lengths) for r in (0, 1)]
         for row, session in enumerate(batch):
             same(session, alone(model, row, offset=2.5)[0])
+        assert captured
         before = len(captured)
         # a chunk beyond the largest bucket goes without a graph
         batch.reset(0, policy=ReadAll())
         batch.read({0: "a" * 40}, flush=True)
         assert len(captured) == before + 1
-        batch.cache.reset()
+    single = GroupedCache.for_model(model, capacity=(64, 32), fixed=True)
+    cache = single
+    with StreamSession(
+        model, ByT5Tokenizer(), WaitK(1), cache=single, graphs=True, fused="auto", sample=never_end, **OPTIONS
+    ) as session:
+        list(session.run(SOURCES[0]))
+    same(session, alone(model, 0)[0])
+    assert len(captured) > before + 1
+    with pytest.raises(ValueError, match="graphs: cache: expected a fixed, unbounded cache"):
+        StreamSession(model, ByT5Tokenizer(), WaitK(1), header=[7], graphs=True)
+    assert handle_of(model) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -521,11 +542,13 @@ def test_cuda_graphs(tiny, family, offset):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a GPU's affair")
-def test_a_step_reads_nothing_but_its_tokens(tiny):
-    model = tiny("qwen2", vocab=384, dtype=torch.bfloat16).cuda()
+@pytest.mark.parametrize("use_graphs", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_a_step_reads_nothing_but_its_tokens(tiny, family, use_graphs):
+    model = tiny(family, vocab=384, dtype=torch.bfloat16).cuda()
     cache = GroupedCache.for_model(model, 2, capacity=(128, 128), fixed=True)
     with sk.patch(model, fused=True):
-        batch = PatchedBatch(model, cache, graphs=True)
+        batch = PatchedBatch(model, cache, graphs=use_graphs)
         for _ in range(2):
             batch.step({0: Step([5, 6], [7], [2]), 1: Step([], [8], [0])})
         torch.cuda.set_sync_debug_mode("error")

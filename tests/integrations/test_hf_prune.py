@@ -59,9 +59,7 @@ def check(model, prompt, config, *, steps=4, drops=True, **options):
     ours = torch.stack(made.logits, 1)
     T = prompt.vision.shape[1]
     S = made.sequences.shape[1] - 1
-    expected, plan = never_dropping(
-        model, extended(prompt, made.sequences[:, :S]), config, [turn_of(prompt, S)]
-    )
+    expected, plan = never_dropping(model, extended(prompt, made.sequences[:, :S]), config, [turn_of(prompt, S)])
     scale = float(expected.abs().max())
     assert (ours - expected[:, T - 1 :]).abs().max() <= TOLERANCE * scale
     left = prompt.inputs["attention_mask"].bool() & ~plan.dropped[:, :T]
@@ -303,3 +301,87 @@ def check_prompt(model, prompt, config):
     left = prompt.inputs["attention_mask"].bool() & ~plan.dropped
     assert plan.dropped.any()
     assert (full - expected)[left].abs().max() <= TOLERANCE * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_bf16_is_as_good_as_eager(name):
+    """At most twice the error of the never-dropping eager model in bf16, both against it in fp32."""
+    config = VisionPruning.fixed({1: 4, 3: 2, 4: 0}, score=lambda probe: -probe.index.float())
+    full, half = model_of(name), make_vlm(name, sharpen=1.6, dtype=torch.bfloat16)
+    prompt = prompt_of(name, MIXED)
+    left, exact, eager = None, [], []
+    T = prompt.vision.shape[1]
+    for model, out in ((full, exact), (half, eager)):
+        logits, plan = never_dropping(model, prompt.inputs, config, [turn_of(prompt, T)])
+        out.append(logits.float())
+        left = prompt.inputs["attention_mask"].bool() & ~plan.dropped
+    assert plan.dropped.any()
+    with prune_vision(half, config), torch.no_grad():
+        ours = half(**prompt.inputs).logits.float()
+    error, allowed = ((x - exact[0])[left].abs() for x in (ours, eager[0]))
+    assert error.max() <= 2 * allowed.max() and error.square().mean() <= 4 * allowed.square().mean()
+
+
+def test_compiled_decode_in_one_graph():
+    """torch.compile(fullgraph=True) of generated tokens on a static cache, samples of different lengths."""
+    import torch._dynamo.testing
+
+    model, prompt = model_of("llava", 3), prompt_of("llava", MIXED[:2])
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def run(call):
+        cache, out = _cache(model, static=True), []
+        model(**prompt.inputs, past_key_values=cache)
+        positions = prompt.inputs["attention_mask"].sum(1, keepdim=True)
+        for step in range(3):
+            ids = torch.tensor([[5 + step], [7 + step]])
+            out.append(call(input_ids=ids, position_ids=positions + step, past_key_values=cache).logits)
+        return torch.cat(out, 1)
+
+    config = VisionPruning.fast(first_probe_layer=1, layer_threshold=0.98, token_threshold=0.9)
+    with prune_vision(model, config), torch.no_grad():
+        assert torch.equal(run(compiled), run(model)) and counter.frame_count == 1
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("samples", [ONE, MIXED[:3]], ids=["one", "batch"])
+@pytest.mark.parametrize("kind", ["fast", "fixed"])
+def test_a_whole_cache_and_three_questions(kind, samples, static):
+    """Without compaction: a prompt, a question without an image, one with; each selects among all vision tokens."""
+    more = dict(FAST, compaction=False) if kind == "fast" else dict(compaction=False)
+    config = VisionPruning.fast(**more) if kind == "fast" else VisionPruning.fixed({1: 4, 3: 0.2, 4: 0}, **more)
+    model, B = model_of("llava"), len(samples)
+    first, second = prompt_of("llava", samples), prompt_of("llava", [[2, "image", 3]] + [[4]] * (B - 1), seed=1)
+    question = prompt_of("llava", [[5]] + [[3]] * (B - 1), seed=2)
+    prompts = [first, question, second]
+    ids, masks = [], []
+    for prompt in prompts:
+        ids += [prompt.inputs["input_ids"], *_text(B, 2).split(1, 1)]
+        masks += [prompt.inputs["attention_mask"], *torch.ones(B, 2, dtype=torch.long).split(1, 1)]
+    every, mask = torch.cat(ids, 1), torch.cat(masks, 1)
+    positions, cache, ours, at = (mask.cumsum(1) - 1).clamp(min=0), _cache(model, static), [], 0
+    turns, reports = [], []
+    with prune_vision(model, config) as handle, torch.no_grad():
+        for n, piece in enumerate(ids):
+            end, inputs = at + piece.shape[1], prompts[n // 3].inputs
+            pixels = {"pixel_values": inputs["pixel_values"]} if n % 3 == 0 and "pixel_values" in inputs else {}
+            row = dict(input_ids=piece, attention_mask=mask[:, :end], position_ids=positions[:, at:end])
+            ours.append(model(**row, past_key_values=cache, **pixels).logits)
+            if n % 3 == 0:
+                own = torch.zeros_like(mask, dtype=torch.bool)
+                own[:, at:end] = (every == 80)[:, at:end]
+                turns.append(Turn(at, end, own, [int(r[:end].nonzero()[-1]) for r in mask]))
+                reports.append(handle.report())
+            at = end
+    order = _order(first, second, B)
+    pixels = torch.cat([first.inputs["pixel_values"], second.inputs["pixel_values"]])[order]
+    inputs = {"input_ids": every, "attention_mask": mask, "pixel_values": pixels}
+    expected, plan = never_dropping(model, inputs, config, turns)
+    assert all(dropped.any() for dropped in plan.dropped_by)
+    assert (torch.cat(ours, 1) - expected)[mask.bool()].abs().max() <= TOLERANCE * float(expected.abs().max())
+    for n, report in enumerate(reports):
+        seen = torch.stack([turn.vision for turn in turns[: n + 1]]).any(0)
+        assert report.vision_rows[-1] == tuple((seen & ~plan.dropped_by[n]).sum(1).tolist())
+        assert report.width == [report.tokens] * LAYERS

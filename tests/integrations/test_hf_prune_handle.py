@@ -149,7 +149,10 @@ def test_reads_are_counted_and_few():
         assert handle.report().vision_rows == [(9,)] * 2 + [(3,)] * 2 + [(0,)] * 2
 
 
-@pytest.mark.parametrize("config", [FAST, FIXED], ids=["fast", "fixed"])
+HIDING = VisionPruning.paper(shallow=(("sink", "skip"), ("skip", "skip")), first_probe_layer=2, token_threshold=0.9)
+
+
+@pytest.mark.parametrize("config", [FAST, FIXED, HIDING], ids=["fast", "fixed", "paper"])
 def test_the_cache_holds_what_is_kept_and_the_rest_is_not_read(config):
     model, prompt = model_of(), prompt_of("llava", [[3, "image", 5], [2, "image", 4, "image", 3], [7]])
     B, T = prompt.vision.shape
@@ -158,13 +161,15 @@ def test_the_cache_holds_what_is_kept_and_the_rest_is_not_read(config):
         for poison in (False, True):
             cache = model(**prompt.inputs).past_key_values
             report = handle.report()
-            assert [layer.keys.shape[2] for layer in cache.layers] == report.width
-            assert sum(report.width) < 6 * T
+            assert [layer.keys.shape[2] for layer in cache.layers] == report.cached
+            assert (report.cached == report.width) == (config is not HIDING) and sum(report.cached) < 6 * T
+            text = prompt.inputs["attention_mask"].sum(1) - prompt.vision.sum(1)
+            assert config is not HIDING or report.cached[1] == text.max()
             used = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             assert used == report.kv_bytes() < report.kv_bytes(dense=True)
             if poison:
-                for layer, rows in zip(cache.layers, report.rows, strict=True):
-                    for b, n in enumerate(rows):
+                for at, (layer, rows) in enumerate(zip(cache.layers, report.rows, strict=True)):
+                    for b, n in enumerate(text.tolist() if config is HIDING and at == 1 else rows):
                         layer.keys[b, :, n:] = float("nan")
                         layer.values[b, :, n:] = float("nan")
             mask = torch.cat([prompt.inputs["attention_mask"], torch.ones(B, 1, dtype=torch.long)], 1)
@@ -234,6 +239,41 @@ def test_forwards_that_are_refused(more, error, text):
         with pytest.raises(error, match=text):
             model(**inputs)
     assert torch.equal(logits(model, prompt), stock)
+
+
+def test_another_attention_is_noticed():
+    model, prompt = make_vlm("llava"), prompt_of("llava", ONE)
+    stock = logits(model, prompt)
+    with prune_vision(model, FIXED):
+        model.set_attn_implementation({"text_config": "sdpa"})
+        with pytest.raises(ValueError, match="got 'sdpa', set meanwhile"):
+            logits(model, prompt)
+    with prune_vision(model, FIXED), streamkernels.patch(text_of(model)):
+        with pytest.raises(ValueError, match="got 'streamkernels', set meanwhile"):
+            logits(model, prompt)
+    assert model.config.text_config._attn_implementation == "eager"
+    assert torch.equal(logits(model, prompt), stock)
+
+
+def test_wrappers_and_bases():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config = inner, inner.config
+
+        def get_base_model(self):
+            return self.inner
+
+    model, prompt = model_of(), prompt_of("llava", ONE)
+    with prune_vision(model, FIXED):
+        expected = logits(model, prompt)
+    wrapper = Wrapper(model)
+    with prune_vision(wrapper, FIXED):
+        assert torch.equal(logits(model, prompt), expected) and wrapper.config is model.config
+    assert wrapper.config is model.config
+    with prune_vision(model.model, FIXED), torch.no_grad():
+        assert torch.equal(model.lm_head(model.model(**prompt.inputs).last_hidden_state), expected)
+    assert not torch.equal(logits(model, prompt), expected)
 
 
 def test_chunked_prefill_is_refused():

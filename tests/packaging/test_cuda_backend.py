@@ -26,7 +26,10 @@ def ready(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.reason(call()) is None
     for other, words in [
-        (call(op="span_attention"), "no CUDA kernel for span_attention yet"),
+        (call(op="prepare"), "no CUDA kernel for prepare yet"),
+        (call(op="span_attention", D=80), "64, 96, 128 or 256, not 80"),
+        (call(op="span_attention", dtype=torch.float32), "not float32"),
+        (call(op="token_scores", D=264), "not 264"),
         (call(dtype=torch.float64), "not float64"),
         (call(device=torch.device("cpu")), "the tensors are on cpu"),
         (call(D=12), "a multiple of 8, at most 256, not 12"),

@@ -5,12 +5,10 @@ See `test_cuda_on_host.py`, whose library this uses; the same calls run on a GPU
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import itertools
 import random
-import shutil
-import subprocess
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,30 +25,15 @@ from streamkernels.reference import rotate as rotate_reference
 from streamkernels.reference.select_tokens import select_tokens as select_reference
 from streamkernels.reference.token_scores import token_scores as scores_reference
 from streamkernels.testing.compare import assert_accurate
+from streamkernels.testing.inputs import random_kept, random_spans
 
-ROOT = Path(__file__).resolve().parents[2]
-HOST = Path(__file__).parent / "cuda_on_host"
-pybind11 = pytest.importorskip("pybind11")
 HALVES = (torch.bfloat16, torch.float16)
 NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
-def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    out = tmp_path_factory.mktemp("host") / "_C.so"
-    traps = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
-    defines = ['-DSK_VERSION="host"', '-DSK_ARCHITECTURES="host"']
-    folders = [ROOT / "csrc", ROOT / "csrc" / "include", HOST, pybind11.get_include(), sysconfig.get_path("include")]
-    sources = [ROOT / "csrc" / "bindings.cpp", HOST / "rotate_append.cpp", HOST / "pruned.cpp"]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *traps, *defines]
-    done = subprocess.run(
-        [*command, *(f"-I{f}" for f in folders), *map(str, sources), "-o", str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location("_C", out)
+def extension(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_C", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -207,3 +190,40 @@ def test_rotate_and_reanchor(
         reanchor_reference.reanchor(plain, *angles, interleaved)
         reanchor_reference.reanchor(exact, *(a.double() for a in angles), interleaved)
         assert_accurate("reanchor", y, plain, exact)
+
+
+def address(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_splits_of_span_attention_go_through_every_key_once(library: Path, seed: int) -> None:
+    """Each key that some row of a block sees, once; a kept list by its entries; nothing far from what rows see."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    B, HK, R, T = draw.randint(1, 2), draw.randint(1, 2), draw.choice([1, 3]), draw.choice([1, 5, 40])
+    S, N, K = draw.choice([1, 17, 300, 1500]), draw.choice([1, 2, 4, 8]), draw.choice([0, 1, 40, 700])
+    splits = draw.choice([1, 2, 7, 33])
+    spans = random_spans(B, T, S, N, generator).bounds
+    spans[0, 0, 0] = torch.tensor([-(2**31), 2**31 - 1]) if seed % 3 == 0 else spans[0, 0, 0]
+    rules = torch.tensor([draw.choice([0, 1, 2, 3]) for _ in range(N)], dtype=torch.int8)
+    kept, count = random_kept(B, HK, S, K, generator)
+    tiles = (T * R + 63) // 64
+    times = torch.zeros(B, HK, tiles, N, S, dtype=torch.int32)
+    native = ctypes.CDLL(str(library))
+    native.walk_of(
+        B, R * HK, HK, T, S, N, K, address(rules), address(spans), address(kept), address(count), splits,
+        address(times),
+    )  # fmt: skip
+    for b, hk, tile, n in itertools.product(range(B), range(HK), range(tiles), range(N)):
+        rows = range(tile * 64 // R, min(T, (tile * 64 + 63) // R + 1))
+        ends = [(max(0, int(x)), min(S, int(y))) for x, y in spans[b, rows.start : rows.stop, n]]
+        ends = [(x, y) for x, y in ends if x < y]
+        wanted = torch.zeros(S, dtype=torch.int32)
+        if ends:
+            wanted[min(x for x, _ in ends) : max(y for _, y in ends)] = 1
+        if rules[n] == 3:
+            listed = torch.zeros(S, dtype=torch.int32)
+            listed[kept[b, hk, : int(count[b, hk])].long()] = 1
+            wanted *= listed
+        assert torch.equal(times[b, hk, tile, n], wanted)

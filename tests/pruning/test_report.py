@@ -26,6 +26,7 @@ def report_of(model=LLAVA_7B, vision=576, text=48, after=15, left=10, exit_layer
         vision=(vision,),
         real=(tokens,),
         width=rows,
+        cached=rows,
         rows=[(n,) for n in rows],
         vision_rows=[(n,) for n in kept],
         seen=[(0,)] * model.layers,

@@ -251,15 +251,16 @@ def test_bad_input_reaches_only_its_session():
         list(batch.run([[]]))
 
 
-def test_rollback_of_one_session():
-    codec, sources = both(), [words(row, 8) for row in range(2)]
-    expected = [alone(row, WaitK(2), codec, sources[row])[0] for row in range(2)]
+@pytest.mark.parametrize("make", [both, leading, letters])
+def test_rollback_of_one_session(make):
+    codec, sources, fed = make(), [words(row, 8) for row in range(2)], 0
     for stop in range(1, 7):
-        batch = Sessions(Rows(2, len(codec)), codec, WaitK(2), **OPTIONS)
+        batch = Sessions(Rows(2, len(codec)), codec, WaitK(2), sample=lambda row: never_end, **OPTIONS)
         for n in range(stop):
             batch.read({row: sources[row][n] for row in range(2) if not batch[row].ended})
             batch.write()
         mark = batch[0].mark()
+        fed += mark.fed and not batch[0].ended
         later = None
         for again in range(2):
             for word in ("zz", "a", "dd")[: 1 + again]:
@@ -279,7 +280,7 @@ def test_rollback_of_one_session():
         batch.end(rows)
         batch.write()
         for row in range(2):
-            live = Session(HashModel(len(codec), row), codec, WaitK(2), **OPTIONS)
+            live = Session(HashModel(len(codec), row), codec, WaitK(2), sample=never_end, **OPTIONS)
             for word in sources[row]:
                 if not live.ended:
                     live.read(word)
@@ -288,7 +289,8 @@ def test_rollback_of_one_session():
                 live.end()
                 live.write()
             same(batch[row], live)
-            assert batch[row].text == expected[row].text
+    # a word that the next token closes has been fed to its end
+    assert fed or make is not leading
     with pytest.raises(ValueError, match="mark"):
         batch[1].rollback(mark)
 

@@ -86,7 +86,7 @@ def token_scores_kernel(
     scale, inner, outer, S, K, HK,
     q_b, q_h, o_b, o_h, k_b, k_h, k_s, v_b, v_h, v_s, lse_b, lse_h, index_b, index_k, count_b,
     R: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     q += b * q_b
@@ -109,7 +109,7 @@ def token_scores_kernel(
         n = tl.zeros([HEADS, BLOCK_K], tl.float32)
         along = tl.zeros([HEADS, BLOCK_K], tl.float32)
         total = tl.zeros([HEADS, BLOCK_K], tl.float32)
-        for first in tl.range(0, HK, HEADS, num_stages=STAGES):
+        for first in tl.range(0, HK, HEADS):
             h = first + tl.arange(0, HEADS)
             real = h < HK
             keys = load_rows(k, h, real, k_h, j * k_s, listed, D, BLOCK_D)

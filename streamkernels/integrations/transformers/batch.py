@@ -16,7 +16,7 @@ from ...streaming import Codec, Policy
 from ...streaming.batch import Sessions
 from ...streaming.protocols import Decoder, Step
 from .cache import GroupedCache
-from .codec import codec_for
+from .codec import Tokens, codec_for, ends_of, tokens_of
 from .graphs import StepGraphs
 from .model import base_of, causal_lm_of
 from .patch import borrow
@@ -225,9 +225,9 @@ class SessionBatch(Sessions):
         policy: Policy | Sequence[Policy],
         *,
         rows: int | None = None,
-        header: str | Sequence[int],
-        prompt: str | Sequence[int] = (),
-        source_end: str | Sequence[int] = (),
+        header: Tokens,
+        prompt: Tokens = (),
+        source_end: Tokens = (),
         offset: float = 0,
         codec: Codec | None = None,
         cache: GroupedCache | None = None,
@@ -236,8 +236,6 @@ class SessionBatch(Sessions):
         graphs: bool = False,
         **options: Any,
     ) -> None:
-        from .stream import ends_of, tokens_of
-
         lm = causal_lm_of("SessionBatch", model)
         count = rows if rows is not None else len(policy) if isinstance(policy, Sequence) else None
         if count is None:

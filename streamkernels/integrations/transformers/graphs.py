@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.cache import PADDING
+from ...core.cache import PADDING, SOURCE, TARGET
 from ...core.cache_room import unchanged_bounds
 from ...core.shapes import refuse
 from .cache import GroupedCache
@@ -56,7 +56,11 @@ class StepGraphs:
             refuse("graphs", "model", expected, ", ".join(sorted({str(d) for d in stream.form.devices})))
         self._run, self._cache, self._device = run, cache, device
         self._captured: dict[tuple[int, bool], Captured] = {}
+        self._where = self._memory()
         self._pool: Any = None
+
+    def _memory(self) -> tuple[int, ...]:
+        return tuple(self._cache.stream.segment(0, role)[0].data_ptr() for role in (SOURCE, TARGET))
 
     @staticmethod
     def possible(device: torch.device) -> bool:
@@ -70,7 +74,11 @@ class StepGraphs:
     def replay(self, packed: Tensor, writes: bool) -> Tensor:
         """Run a step of a bucket's length: logits [B, vocab], a copy. The cache's device lengths have advanced then;
         tell the host (`StreamCache.replayed`)."""
-        place = (packed.shape[2], writes)
+        place, memory = (packed.shape[2], writes), self._memory()
+        if memory != self._where:
+            # select() gave the cache other buffers
+            self._captured.clear()
+            self._where = memory
         if place not in self._captured:
             self._captured[place] = self._capture(*place)
         found = self._captured[place]

@@ -58,8 +58,9 @@ def patch(
     Trainer drops a column that the model's forward does not name.
 
     window: what a sliding window of the model means under spans and with a GroupedCache: "position", keys less than the
-    window behind by position id, or "index", the last keys of those that a token sees. Plain causal attention counts
-    keys, as the stock model does.
+    window behind by position id, or "index", the last keys of those that a token sees. By position, the positions of
+    each segment must increase from key to key (a GroupedCache on a GPU takes that on trust, since looking would wait
+    for the device). Plain causal attention counts keys, as the stock model does.
 
     Returns a Handle (a context manager with `undo()`). Raises NotImplementedError for a model, release or option that
     is not supported and ValueError for a model that is patched already; nothing is changed then.

@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from ...core.shapes import refuse
 from ...pruning.config import VisionPruning
@@ -29,42 +27,12 @@ from ...pruning.layout import VisionLayout
 from ...pruning.report import Report
 from ...pruning.stages import Stages
 from .prune_forward import Pass
+from .prune_hooks import NAME, PASS, LayerHook, after_text, before_head, empty, frozen, real_rows
+from .prune_kept import KeptPass
 from .prune_models import OP, Parts, of_generate, parts_of, reads_vision, shape_of
 from .prune_report import report_of
 
-NAME = "streamkernels_pruned"
-PASS = "streamkernels_pass"  # the keyword that carries a Pass from the language model's hook to every layer
 _HANDLE = "_streamkernels_pruning"
-
-
-def attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    streamkernels_pass: Pass | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """What the layers of a pruned model call after RoPE and the cache: query [B, H, T, D] -> ([B, T, H, D], None)."""
-    if streamkernels_pass is None:
-        refuse(OP, "model", "a forward of a model that is pruned by streamkernels.prune_vision", "none in progress")
-    if dropout:
-        refuse(OP, "dropout", "0", dropout, NotImplementedError)
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    o = streamkernels_pass.attend(module.layer_idx, query, key, value, scaling)
-    return o.transpose(1, 2), None
-
-
-def padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """The mask function beside it: the 2-D padding mask as it came."""
-    return attention_mask
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, padding_mask)
 
 
 def prune_vision(model: nn.Module, config: VisionPruning | None = None) -> PruneHandle:
@@ -147,7 +115,7 @@ class PruneHandle:
     def report(self) -> Report:
         """What the last prompt with vision tokens cost and saved. Copies a few numbers from the device. Raises
         ValueError if there was none yet."""
-        if self._last is None:
+        if self._last is None or self._last[0].selects is None:
             refuse(OP, "report", "a forward with vision tokens before it", "none yet")
         return report_of(self._shape, self.config, *self._last)
 
@@ -195,13 +163,13 @@ class PruneHandle:
         if parts is None:
             return
         if parts.head is not None:
-            self._hooks.append(parts.head.register_forward_pre_hook(_before_head, with_kwargs=True))
+            self._hooks.append(parts.head.register_forward_pre_hook(before_head, with_kwargs=True))
         self._hooks.append(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         self._hooks.append(parts.base.register_forward_hook(self._after_base, always_call=True))
         self._hooks.append(parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
-        self._hooks.append(parts.text.register_forward_hook(_after_text, with_kwargs=True))
+        self._hooks.append(parts.text.register_forward_hook(after_text, with_kwargs=True))
         for index, layer in enumerate(parts.text.layers):
-            self._hooks.append(layer.register_forward_pre_hook(_LayerHook(index), with_kwargs=True))
+            self._hooks.append(layer.register_forward_pre_hook(LayerHook(index), with_kwargs=True))
 
     def _restore(self) -> None:
         for hook in self._hooks:
@@ -229,7 +197,7 @@ class PruneHandle:
             given = torch.isin(ids, torch.tensor(self._parts.token_ids, device=ids.device))
             if not sees:
                 # generate's chunks come without pixels before transformers 5.23; prompt lookup may guess image tokens
-                if not _frozen() and _empty(named.get("past_key_values")) and bool(given.any()):
+                if not frozen() and empty(named.get("past_key_values")) and bool(given.any()):
                     expected = "a prompt with its pixel_values in one call (no prefill_chunk_size)"
                     refuse(OP, "input_ids", expected, "image tokens without pixel_values", NotImplementedError)
                 return (), named
@@ -249,12 +217,16 @@ class PruneHandle:
         return (), named
 
     def _after_base(self, module: Any, args: Any, output: Any) -> None:
-        self._waiting.pop(threading.get_ident(), None)
+        if not torch.compiler.is_compiling():  # a compiled step generates a token and leaves nothing waiting
+            self._waiting.pop(threading.get_ident(), None)
 
     def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = {**dict(zip(self._names[module], args, strict=False)), **kwargs}
         if module.training:
             refuse(OP, "model", "a model in eval mode (pruning is for inference)", "one in training mode")
+        if module.config._attn_implementation != NAME:
+            got = f"{module.config._attn_implementation!r}, set meanwhile"
+            refuse(OP, "model", "the attention that prune_vision set, until its handle is undone", got)
         embeds = named.get("inputs_embeds")
         like = embeds if embeds is not None else named.get("input_ids")
         if like is None:
@@ -265,8 +237,7 @@ class PruneHandle:
             given, guesses = self._waiting.pop(threading.get_ident(), (None, 0))
         elif isinstance(given, Tensor):
             given = VisionLayout(given)
-        real = _real(named.get("attention_mask"), T)
-        stages, text, reads = None, "not asked", 0
+        real = real_rows(named.get("attention_mask"), T)
         for option in ("output_hidden_states", "output_attentions"):
             if named.get(option):
                 refuse(OP, option, "False: layers differ in their rows and keep no weights", True, NotImplementedError)
@@ -275,20 +246,42 @@ class PruneHandle:
                 got = "padding, in a prompt that comes with guesses (assisted decoding, prompt lookup)"
                 refuse(OP, "attention_mask", "a mask of ones", got, NotImplementedError)
             real = None
-        if given is not None:
-            layout, reads = self._layout(given, real, B, T)
-            active, text = self._decide(layout, like.device, B, T)
-            stages = Stages(self.config, self._shape.layers, layout, active, guesses)
-        elif T > 1 and real is not None and (_frozen() or not bool(real.all())):
-            none = torch.zeros((B, T), dtype=torch.bool, device=like.device)
-            stages = Stages(self.config, self._shape.layers, VisionLayout(none, real), drops_any=False)
+        step, reads, text = self._pass(module.rotary_emb, given, real, B, T, like.device, guesses)
         if not isinstance(named.get("attention_mask"), dict):
             # a 4-D mask goes through transformers as it is: no search for packed sequences, which reads the device
             named["attention_mask"] = torch.empty((0, 0, 0, 0), device=like.device)
-        step = Pass(self.config, self._shape.layers, B, T, module.rotary_emb, stages)
-        if given is not None:
+        if given is not None or isinstance(step, KeptPass):
             self._last = (step, reads, text, module.dtype.itemsize)
         return (), {**named, PASS: step}
+
+    def _pass(
+        self,
+        rotary: Any,
+        given: VisionLayout | None,
+        real: Tensor | None,
+        B: int,
+        T: int,
+        device: torch.device,
+        guesses: int,
+    ) -> tuple[Pass, int, str]:
+        """What this forward is, how often the device was read for that, and what the cost table said."""
+        config, layers, reads, text = self.config, self._shape.layers, 0, "not asked"
+        stages: Stages | None = None
+        # guesses that assisted decoding has checked are no prompt
+        kept = not config.compaction and T > 1 and (given is not None or frozen() or not of_generate()[1])
+        if given is None and T > 1 and (kept or (real is not None and (frozen() or not bool(real.all())))):
+            given = VisionLayout(torch.zeros((B, T), dtype=torch.bool, device=device), real)
+            stages = Stages(config, layers, given, False)
+            sees = False
+        elif given is not None:
+            sees, active = True, False
+            layout, reads = self._layout(given, real, B, T)
+            if not kept:
+                active, text = self._decide(layout, device, B, T)
+            stages = Stages(config, layers, layout, active, guesses)
+        if kept:
+            return KeptPass(config, layers, B, T, rotary, stages, sees=sees), reads, text
+        return Pass(config, layers, B, T, rotary, stages), reads, text
 
     def _layout(self, given: VisionLayout, real: Tensor | None, B: int, T: int) -> tuple[VisionLayout, int]:
         """The layout with what the host must know of it, and how often the device was read for that."""
@@ -298,9 +291,9 @@ class PruneHandle:
             return given, 0
         if given.real is None and real is not None:
             given = VisionLayout(given.vision, real.to(given.vision.device))
-        if not self.config.reads_layout:
+        if not self.config.reads_layout or not self.config.compaction:
             return given, 0
-        if _frozen():
+        if frozen():
             got = "a mask while a CUDA graph is captured, which cannot be read"
             refuse(OP, "vision_mask", "a layout from handle.layout(...)", got)
         return VisionLayout.read(given.vision, given.real, masks=bool(self.config.shallow)), 1
@@ -320,64 +313,6 @@ class PruneHandle:
             warnings.warn(f"{OP}: pruning this prompt does not pay: {said.text}", stacklevel=2)
             self._warned = True
         return True, said.text
-
-
-class _LayerHook:
-    """Before one decoder layer: its rows, and the tables for them."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step: Pass | None = kwargs.get(PASS)
-        if step is None:
-            return None
-        if self.index == 0:
-            step.open(kwargs.get("past_key_values"))
-        hidden = args[0] if args else kwargs["hidden_states"]
-        tables, positions = kwargs["position_embeddings"], kwargs.get("position_ids")
-        moved, changed = step.before(self.index, hidden, tables, positions)
-        if moved is hidden and changed is tables:
-            return None
-        rest = {name: x for name, x in kwargs.items() if name != "hidden_states"}
-        return (moved, *args[1:]), {**rest, "position_embeddings": changed}
-
-
-def _before_head(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("labels") is not None:
-        got = "labels: dropped tokens have no logits to learn from"
-        refuse(OP, "labels", "None (pruning is for inference)", got, NotImplementedError)
-
-
-def _after_text(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    step: Pass | None = kwargs.get(PASS)
-    if step is None:
-        return output
-    if isinstance(output, tuple):
-        return (step.close(output[0]), *output[1:])
-    output.last_hidden_state = step.close(output.last_hidden_state)
-    return output
-
-
-def _real(mask: Any, T: int) -> Tensor | None:
-    """bool [B, T]: which rows of this call are no padding, from the mask that came, of any form but 4-D."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < T:
-        expected = f"a 2-D padding mask [B, at least {T}]"
-        refuse(OP, "attention_mask", expected, mask, NotImplementedError)
-    return mask[:, -T:].bool()
-
-
-def _empty(cache: Any) -> bool:
-    length = 0 if cache is None else cache.get_seq_length()
-    return not isinstance(length, Tensor) and length == 0
-
-
-def _frozen() -> bool:
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _carry_over(original: PreTrainedConfig, ours: PreTrainedConfig, before: dict[str, Any]) -> None:

@@ -17,11 +17,12 @@ def report_of(
     shape: ModelShape, config: VisionPruning, step: Pass, layout_reads: int, verdict: str, element_size: int
 ) -> Report:
     """What `step` did. Copies counts from the device, once."""
-    stages = step.stages
-    if stages is None or step.first is None:
-        raise RuntimeError("streamkernels: a report of a forward that pruned nothing")
+    stages, first = step.selects, step.first
     layers = [rows for rows in step.rows if rows is not None]
-    distinct = {id(rows): rows for rows in [step.first, *layers]}
+    left = [rows for layer in range(len(layers)) if (rows := step.left(layer)) is not None]
+    if stages is None or first is None or len(layers) < shape.layers:
+        raise RuntimeError("streamkernels: a report of a forward that pruned nothing")
+    distinct = {id(rows): rows for rows in [first, *layers, *left]}
     table = torch.stack([x for rows in distinct.values() for x in (rows.count, rows.vision_count)]).tolist()
     numbers = {key: (tuple(table[2 * n]), tuple(table[2 * n + 1])) for n, key in enumerate(distinct)}
     seen = {id(keys): _seen(keys, step.B) for keys in step.keys}
@@ -31,11 +32,12 @@ def report_of(
         config=config.name,
         tokens=step.T,
         past=step.past,
-        vision=numbers[id(step.first)][1],
-        real=numbers[id(step.first)][0],
+        vision=numbers[id(first)][1],
+        real=numbers[id(first)][0],
         width=[rows.width for rows in layers],
+        cached=list(step.cached),
         rows=[numbers[id(rows)][0] for rows in layers],
-        vision_rows=[numbers[id(rows)][1] for rows in layers],
+        vision_rows=[numbers[id(rows)][1] for rows in left],
         seen=[seen[id(keys)] for keys in step.keys],
         filter_layer=tuple(ends[0]),
         exit_layer=tuple(ends[1]),

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ...core.cache import SOURCE, TARGET
 from ...core.shapes import check_number, refuse
-from ...streaming import Codec, Policy, Session
+from ...streaming import Codec, Policy, Session, StreamModel
+from ...streaming.batch import Row
 from ...streaming.protocols import Decoder
+from .batch import PatchedBatch
 from .cache import GroupedCache
-from .codec import codec_for
+from .codec import Tokens, codec_for, ends_of, tokens_of
 from .model import base_of, causal_lm_of
 from .patch import borrow
-
-Tokens = str | Sequence[int]
 
 
 class PatchedModel:
@@ -52,8 +52,8 @@ class PatchedModel:
         n, m = len(source), len(target)
         device = self._base.embed_tokens.weight.device
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([[*source, *target]], device=device),
-            "position_ids": self._positions(n, m).to(device),
+            "input_ids": torch.tensor([[*source, *target]]).to(device, non_blocking=True),
+            "position_ids": self._positions(n, m).to(device, non_blocking=True),
             "past_key_values": self.cache,
             "role": SOURCE if not m else TARGET,
             "use_cache": True,
@@ -62,7 +62,8 @@ class PatchedModel:
             # on the CPU the cache counts it exactly, without waiting for a device
             inputs["role"] = torch.tensor([[SOURCE] * n + [TARGET] * m], dtype=torch.int8)
         if m:
-            inputs["source_limit"] = torch.tensor([[0] * n + list(limits)], dtype=torch.int32, device=device)
+            seen = torch.tensor([[0] * n + list(limits)], dtype=torch.int32)
+            inputs["source_limit"] = seen.to(device, non_blocking=True)
             logits = self._lm(**inputs, logits_to_keep=m).logits[0]
         else:
             self._base(**inputs)
@@ -120,7 +121,8 @@ class StreamSession(Session):
     text border, by default `codec_for(tokenizer)` with the end tokens of the model's generation config and of the
     tokenizer. cache: a GroupedCache of one row, say a bounded one; by default a growing one. decoder: say a `Decoding`,
     for logits processors, stopping criteria, sampling and streamers. fused: as for `patch`, if the model is not patched
-    yet. sample, max_target_tokens, max_word_tokens, clock: see `Session`.
+    yet. graphs: replay CUDA graphs, as in `SessionBatch`; needs a fixed cache. sample, max_target_tokens,
+    max_word_tokens, clock: see `Session`.
 
     Every step runs in inference mode. Raises what `patch` raises, and ValueError for a cache of more than one row.
     """
@@ -140,6 +142,7 @@ class StreamSession(Session):
         sample: Callable[[Tensor], int] | None = None,
         decoder: Decoder | None = None,
         fused: bool | str = False,
+        graphs: bool = False,
         max_target_tokens: int = 1024,
         max_word_tokens: int = 50,
         clock: Callable[[], float] = time.perf_counter,
@@ -156,8 +159,11 @@ class StreamSession(Session):
         self._release.atexit = False
         self.cache = cache
         try:
+            patched: StreamModel = PatchedModel(model, cache, offset=offset, active=active)
+            if graphs:
+                patched = Row(PatchedBatch(model, cache, offset=offset, active=active, graphs=True), 0)
             super().__init__(
-                PatchedModel(model, cache, offset=offset, active=active),
+                patched,
                 codec,
                 policy,
                 header=ids["header"],
@@ -184,20 +190,3 @@ class StreamSession(Session):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def tokens_of(op: str, tokenizer: Any, name: str, text: Tokens) -> list[int]:
-    """The ids of a piece of text around source or target, in which special tokens count as such."""
-    if not isinstance(text, str):
-        return list(text)
-    if tokenizer is None:
-        refuse(op, name, "token ids when there is no tokenizer", text)
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def ends_of(lm: Any, tokenizer: Any) -> frozenset[int]:
-    """End tokens of the target: those of the model's generation config and the tokenizer's."""
-    config = getattr(lm, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ends = list(found) if isinstance(found, (list, tuple)) else [found]
-    return frozenset(e for e in [*ends, getattr(tokenizer, "eos_token_id", None)] if e is not None)

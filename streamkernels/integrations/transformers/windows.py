@@ -52,9 +52,11 @@ class KeyPositions:
         for role in (SOURCE, TARGET):
             room = self._tables[role].shape[1] - 1
             need = stream.capacity(0, role)
-            if not blind:
+            endless = stream.windows[role] is not None
+            # a fixed segment takes no more than it has slots, and graphs hold on to this memory
+            if not blind and (endless or not stream.fixed):
                 need = max(need, stream.longest(role) + T)
-            elif stream.bounded:
+            elif blind and endless:
                 text = "a bounded cache, whose positions have no end, in a captured or compiled step"
                 refuse("GroupedCache", "past_key_values", "an unbounded cache", text, NotImplementedError)
             if need > room:
@@ -74,9 +76,14 @@ class KeyPositions:
         self.arrangement = stream._arrangement
 
     def take(self, rows: Tensor) -> None:
-        """Session b becomes what rows[b] was."""
+        """Session b becomes what rows[b] was; as many sessions stay in the memory where they are."""
         with torch.inference_mode(False):
-            self._tables = [table.index_select(0, rows.to(table.device)) for table in self._tables]
+            taken = [table.index_select(0, rows.to(table.device)) for table in self._tables]
+            if taken[0].shape[0] == self._tables[0].shape[0]:
+                for table, new in zip(self._tables, taken, strict=True):
+                    table.copy_(new)
+            else:
+                self._tables = taken
         self.arrangement = self.stream._arrangement
 
     def write(self, positions: Tensor, index: Tensor, role: Tensor) -> None:
@@ -114,7 +121,7 @@ def step_begins(
     device = length.device
     if not isinstance(role, Tensor):
         role = torch.full((B, T), role, dtype=torch.int8, device=device)
-    role = role.to(device)
+    role = role.to(device, non_blocking=True)
     ranks = torch.stack([(role == r).long().cumsum(1) for r in (SOURCE, TARGET)], -1)
     total = length + ranks[:, -1]
     index = (ranks - 1 + length[:, None]).gather(2, role.clamp(min=0).long()[..., None])[..., 0]

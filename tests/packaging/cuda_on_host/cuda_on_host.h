@@ -30,6 +30,12 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }
@@ -75,18 +81,33 @@ inline void run_block(unsigned threads) {
     fibers[t].context.uc_stack.ss_size = kStack;
     makecontext(&fibers[t].context, enter, 0);
   }
-  for (bool ended = false; !ended;) {
-    for (unsigned t = 0; t < threads; ++t) {
-      threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
-    }
-    for (unsigned t = 1; t < threads; ++t) {
-      if (fibers[t].at != fibers[0].at) {
-        std::fprintf(stderr, "thread %u is at another synchronisation than thread 0\n", t);
-        std::abort();
+  // warps go on by themselves; at a barrier they wait for each other
+  const auto all_at = [&](At at) {
+    return std::all_of(fibers.begin(), fibers.begin() + threads, [=](const Fiber& f) { return f.at == at; });
+  };
+  for (unsigned t = 0; t < threads; ++t) fibers[t].at = At::kStart;
+  while (!all_at(At::kEnd)) {
+    const bool together = all_at(At::kBarrier);
+    bool went = false;
+    for (unsigned warp = 0; warp < threads; warp += 32) {
+      if (fibers[warp].at == At::kEnd || (fibers[warp].at == At::kBarrier && !together)) continue;
+      went = true;
+      const unsigned end = std::min(threads, warp + 32);
+      for (unsigned t = warp; t < end; ++t) {
+        threadIdx.x = t;
+        swapcontext(&scheduler, &fibers[t].context);
+      }
+      for (unsigned t = warp; t < end; ++t) {
+        if (fibers[t].at != fibers[warp].at) {
+          std::fprintf(stderr, "thread %u is at another synchronisation than thread %u\n", t, warp);
+          std::abort();
+        }
       }
     }
-    ended = fibers[0].at == At::kEnd;
+    if (!went) {
+      std::fprintf(stderr, "some warps wait at a barrier that others never come to\n");
+      std::abort();
+    }
   }
 }
 
@@ -129,6 +150,13 @@ inline int __reduce_add_sync(unsigned, int value) {
     for (int i = 0; i < 32; ++i) sum += lane[i];
     return sum;
   });
+}
+
+inline int __reduce_min_sync(unsigned, int value) {
+  return host::warp(host::At::kSum, value, [](const int* lane) { return *std::min_element(lane, lane + 32); });
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  return host::warp(host::At::kSum, value, [](const int* lane) { return *std::max_element(lane, lane + 32); });
 }
 
 // the value of the lane that `source` makes of one's own number

@@ -6,7 +6,7 @@
 #include "compact/kernel.cuh"
 #include "rotate/kernel.cuh"
 #include "select_tokens/kernel.cuh"
-#include "span_attention/params.h"
+#include "span_attention/share.cuh"
 #include "streamkernels/error.h"
 #include "token_scores/kernel.cuh"
 
@@ -101,5 +101,46 @@ void launch(const Params&, int, DType, int, uintptr_t) {
   throw NotSupported("span_attention: not on the host");
 }
 
+// how often the blocks of one batch row, kv head and tile of rows go through each key of each slot
+void walk(Params p, int unit, int tiles, int split, int splits, int* times) {
+  static int2 spans[64][kMaxSlots];
+  static Range ranges[kMaxSlots];
+  const Tile tile(p, unit, tiles, 64);
+  find_share<64>(p, tile, split, splits, spans, ranges);
+  Cursor cursor{0, ranges[0].begin};
+  cursor.settle(ranges, p.N);
+  while (cursor.n < p.N) {
+    const int key = threadIdx.x < kKeys ? key_of(p, tile, cursor, ranges, threadIdx.x) : -1;
+    if (key >= 0) ++times[cursor.n * p.S + key];
+    cursor.next(ranges, p.N);
+  }
+}
+
 }  // namespace span_attention
 }  // namespace sk
+
+// times int32 [B * HK * tiles, N, S]; bounds [B, T, N, 2], kept [B, HK, K], kept_count [B, HK], contiguous
+extern "C" __attribute__((visibility("default"))) void walk_of(int B, int H, int HK, int T, int S, int N, int K,
+                                                               const int8_t* rules, const int32_t* bounds,
+                                                               int32_t* kept, int32_t* kept_count, int splits,
+                                                               int32_t* times) {
+  using namespace sk::span_attention;
+  Params p{};
+  p.B = B;
+  p.H = H;
+  p.HK = HK;
+  p.T = T;
+  p.S = S;
+  p.N = N;
+  p.K = K;
+  p.bounds = bounds;
+  for (int n = 0; n < N; ++n) p.rules[n] = static_cast<Rule>(rules[n]);
+  p.kept = {kept, int64_t{HK} * K, K, 1};
+  p.kept_count = {kept_count, HK, 1};
+  const int tiles = (T * (H / HK) + 63) / 64;
+  for (int unit = 0; unit < B * HK * tiles; ++unit) {
+    for (int split = 0; split < splits; ++split) {
+      host::launch(walk, 1, kThreads, p, unit, tiles, split, splits, times + int64_t{unit} * N * S);
+    }
+  }
+}
