@@ -77,7 +77,7 @@ CALLS = {
     "rings": Call(role="mixed", sinks=(0, 0, 2), windows=(3, 4), length=((13, 2), (100, 14))),
     "one ring": Call(role="mixed", sinks=(0, 0, 2), windows=(0, 4), length=((3, 2), (6, 140))),
     "ring of sources": Call(role="source", sinks=(0, 0, 2), windows=(5, 0), length=((13, 2), (60, 0)), T=3),
-    "written first": Call(B=1, H=2, HK=1, D=8, T=260, capacity=(300, 300), length=((10, 3),), role="mixed", limit=250),
+    "written first": Call(B=1, H=1, HK=1, D=8, T=260, capacity=(300, 300), length=((10, 3),), role="mixed", limit=250),
 }
 GPU_CALLS = {
     **{
@@ -199,7 +199,7 @@ def test_backward(name, dtype):
 
 
 def test_padding_may_hold_anything():
-    arguments = make(LONG, torch.float16)
+    arguments = make(replace(LONG, T=5), torch.float16)
     dirty = list(arguments)
     padding = (arguments[11] < 0)[:, None, :, None]
     dirty[:3] = [x.masked_fill(padding, NAN) for x in arguments[:3]]
@@ -225,7 +225,7 @@ def test_keys_that_no_row_sees_may_be_nan():
 
 
 def test_influence_is_what_the_reference_says():
-    call = Call(B=1, H=2, HK=1, T=7, D=8, length=((6, 5),), role="mixed", limit=9, begin=(3, 2))
+    call = Call(B=1, H=2, HK=1, T=5, D=8, length=((4, 3),), role="mixed", limit=7, begin=(3, 2))
     arguments = make(call, torch.float32)
     flows = []
     for backend in ("triton", "reference"):
@@ -275,12 +275,12 @@ def test_two_calls_equal_one():
 
 
 def test_long_mixed_chunks_are_counted_ahead():
-    """Roles of more than 1024 rows, of a sample whose roles come in runs."""
+    """More rows than are counted at once, 1024."""
     call = Call(B=1, H=1, HK=1, T=1100, D=8, length=((3, 5),), capacity=(1200, 1200), role="mixed")
-    arguments = make(call, torch.float32)
+    arguments = make(call, torch.float16)
     want_o, want_lse, *_ = run([wide(x) for x in arguments], "reference")
     o, lse, *_ = run(arguments, "triton")
-    assert (o - want_o).abs().max() < 1e-5 and (lse - want_lse).nan_to_num(0, neginf=0).abs().max() < 1e-5
+    assert (o - want_o).abs().max() < 3e-3 and (lse - want_lse).nan_to_num(0, neginf=0).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["target", "begins", "rings", "softcap"])
