@@ -77,7 +77,8 @@ def _lists(kept: Tensor) -> tuple[int, int, int, int]:
 def _takes_span_attention(call: Call) -> str | None:
     sizes, features = call.sizes, call.features
     if sizes.get("T", 1) > MOST_ROWS:
-        return f"the CUDA kernel takes at most {MOST_ROWS} query rows, not {sizes['T']}"
+        # without the number: a length that becomes text would compile anew for every length
+        return f"the CUDA kernel takes at most {MOST_ROWS} query rows"
     if sizes.get("D", 64) not in HEAD_DIMS:
         return f"the CUDA kernel takes a head dim D of 64, 96, 128 or 256, not {sizes['D']}"
     if call.dtype == torch.float32:

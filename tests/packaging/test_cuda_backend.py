@@ -43,6 +43,34 @@ def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.reason(call()) == "no NVIDIA driver is installed"
 
 
+def test_few_rows_alone_and_features(ready: None) -> None:
+    def say(T: int, *features: str) -> str | None:
+        return cuda.reason(Call("span_attention", GPU, torch.float16, {"D": 64, "T": T}, frozenset(features)))
+
+    assert say(64) is None and say(1, "kept", "mass", "sink", "softcap", "sink_logits") is None
+    for why, words in [
+        (say(65), "at most 64 query rows"),
+        (say(1, "backward"), "no backward"),
+        (say(1, "classes"), "no class table"),
+        (say(1, "scale"), "scale > 0"),
+    ]:
+        assert why is not None and words in why
+    bits = Call("compact", GPU, torch.int64)
+    assert cuda.reason(bits) is None
+    assert "gradient" in str(cuda.reason(Call("compact", GPU, torch.float32, {}, frozenset({"backward"}))))
+
+
+@pytest.mark.parametrize("op", ["span_attention", "token_scores", "select_tokens", "compact", "rotate", "reanchor"])
+def test_every_choice_can_be_traced(op: str) -> None:
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def chosen(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        return x + 1, cuda.reason(Call(op, GPU, x.dtype, {"D": 64, "T": x.shape[0]}))
+
+    for T in (2, 70, 71):
+        _, why = chosen(torch.zeros(T, 64, dtype=torch.float16))
+        assert why == cuda.reason(Call(op, GPU, torch.float16, {"D": 64, "T": T}))
+
+
 def test_the_choice_is_a_constant_to_torch_compile() -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
