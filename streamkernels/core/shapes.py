@@ -66,9 +66,13 @@ class Shapes:
             refuse(self.op, name, f"a tensor [{letters.replace(' ', ', ')}]", x, TypeError)
         wanted = letters.split()
         new: dict[str, int] = {}
-        fits = x.dim() == len(wanted)
+        shape = x.shape
+        fits = len(shape) == len(wanted)
         if fits:
-            for letter, size in zip(wanted, x.shape, strict=True):
+            for letter, size in zip(wanted, shape, strict=True):
+                # the short way for a letter that is bound already; an unbound one is None, which no size equals
+                if self.sizes.get(letter) == size:
+                    continue
                 allowed = [self._size(part, new) for part in letter.split("|")]
                 if None in allowed:
                     new[letter.split("|")[allowed.index(None)]] = size
@@ -87,8 +91,10 @@ class Shapes:
             refuse(self.op, name, f"a tensor on {self.device}", x)
         if unit_last_stride and x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
             refuse(self.op, name, "last stride 1 (call .contiguous())", f"strides {tuple(x.stride())}")
-        self.sizes.update(new)
-        self.device = x.device
+        if new:
+            self.sizes.update(new)
+        if self.device is None:
+            self.device = x.device
         return x
 
     def _size(self, letter: str, new: dict[str, int]) -> int | None:

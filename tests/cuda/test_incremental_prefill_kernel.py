@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
-from .prefill_cases import BUFFERS, DEVICE, NAN, STATUS, Case, copy_of, make_call
 
 from streamkernels.backends import cuda
 from streamkernels.backends.select import Call
 from streamkernels.reference import incremental_prefill as reference
 from streamkernels.testing.compare import assert_accurate
+
+from .prefill_cases import BUFFERS, DEVICE, NAN, STATUS, Case, copy_of, make_call
 
 WHY = "no GPU"
 if torch.cuda.is_available():
