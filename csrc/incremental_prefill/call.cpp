@@ -82,8 +82,8 @@ void check_params(const Params& p, int dtype, int angles_dtype) {
   for (const Segment& s : p.segments) sizes = sizes && s.capacity >= 0 && s.sinks >= 0 && s.window >= 0;
   require(sizes, "incremental_prefill: sinks: expected capacities, sinks and windows >= 0");
   const bool none = p.B == 0 || p.T == 0;
-  require(none || (p.q.data && p.k.data && p.v.data && p.length && p.status && p.o && p.lse && p.counters && p.partials &&
-                   (p.rotary_dim == 0 || (p.cosine.data && p.sine.data))),
+  require(none || (p.q.data && p.k.data && p.v.data && p.length && p.status && p.o && p.lse && p.counters &&
+                   p.partials && (p.rotary_dim == 0 || (p.cosine.data && p.sine.data))),
           "incremental_prefill: q: expected no null pointer");
 }
 

@@ -8,15 +8,9 @@ namespace sk::incremental_prefill {
 
 template <class S>
 constexpr Instance instance_of() {
-  return {incremental_prefill_kernel<S>,
-          S::kRows,
-          S::kKeys,
-          S::kThreads,
-          S::kQuery,
-          S::kStage,
-          S::kWarpsS * S::kOut,
-          Partial<S>::kFloats,
-          Header<S>::bytes};
+  return {
+      incremental_prefill_kernel<S>, S::kRows,        S::kKeys, S::kThreads, S::kQuery, S::kStage, S::kWarpsS * S::kOut,
+      Partial<S>::kFloats,           Header<S>::bytes};
 }
 
 template <typename Element, int D>

@@ -33,8 +33,8 @@ using Kernel = void (*)(Params, Plan);
 struct Instance {
   Kernel kernel;
   int rows, keys, threads;
-  int query, stage, out;   // bytes of the query tile, of a key tile, and of o while it is joined
-  int64_t partial;         // floats of one partial result
+  int query, stage, out;  // bytes of the query tile, of a key tile, and of o while it is joined
+  int64_t partial;        // floats of one partial result
   int (*header)(int T, int B);
 };
 

@@ -1,4 +1,5 @@
-// incremental_prefill: one launch that rotates the new rows, writes them, and attends over source, target and themselves.
+// incremental_prefill: one launch that rotates the new rows, writes them, and attends over source, target and
+// themselves.
 //
 // The query rows of a key head lie side by side (row t * R + r), in tiles of kRows: an item is (session, key head, row
 // tile). The steps (key tiles) of all items form one list, counted on the device from device lengths; every worker (a
@@ -29,8 +30,8 @@ struct Header {
   static SK_HOST_DEVICE int bytes(int T, int B) { return (prefix(T) + 4 * (B > 1 ? B + 1 : 0) + 1023) / 1024 * 1024; }
 };
 
-// The rows of the tile among the packed queries into shared memory, rotated. What lies behind them stays as it is: no row
-// ever reaches another one.
+// The rows of the tile among the packed queries into shared memory, rotated. What lies behind them stays as it is: no
+// row ever reaches another one.
 template <class S>
 __device__ __forceinline__ void load_queries(const Params& p, const Plan& plan, const Target& at, int valid,
                                              char* tile) {
@@ -101,8 +102,8 @@ struct Home {
   }
 };
 
-// New rows [first, first + kKeys) as a tile, k rotated; and, if `write`, to where they belong in the cache. Rows that are
-// no keys become zeros.
+// New rows [first, first + kKeys) as a tile, k rotated; and, if `write`, to where they belong in the cache. Rows that
+// are no keys become zeros.
 template <class S>
 __device__ __forceinline__ void load_fresh(const Params& p, const Plan& plan, const Rows2& rows, int b, int hk,
                                            int first, bool write, char* keys) {
@@ -191,10 +192,10 @@ __device__ __forceinline__ Run run_of(const Params& p, const Session& session, c
 // What a block keeps of its item in shared memory, where it costs no registers during the products.
 struct Job {
   Target at;
-  int valid;              // rows of the tile
-  int item, begin, steps; // of all items of a session; first step in the list of all; steps
+  int valid;               // rows of the tile
+  int item, begin, steps;  // of all items of a session; first step in the list of all; steps
   int share, now, until, each;
-  Range fresh, old;       // tiles of this block
+  Range fresh, old;  // tiles of this block
 };
 
 // What a warp keeps of it.
@@ -274,8 +275,8 @@ struct Loader {
   }
 
   // The same for any tile, row by row. Rows that must not be read become zeros: what they hold may be NaN.
-  __device__ __forceinline__ void slowly(const Params& p, const Session& session, const Hull& hull,
-                                         const Element* from, int64_t stride, uint32_t to, int first, int thread) {
+  __device__ __forceinline__ void slowly(const Params& p, const Session& session, const Hull& hull, const Element* from,
+                                         int64_t stride, uint32_t to, int first, int thread) {
     const int segment = cursor.runs[cursor.run].segment;
     const View& view = session.views[segment];
     const int low = segment ? hull.begin_min[1] : hull.begin_min[0];
@@ -313,8 +314,7 @@ __device__ __forceinline__ void block_barrier() {
 // The item's share of this block: its new tiles, then its old tiles.
 template <class S>
 __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const Rows2& rows, const Session& session,
-                                       const Job& job, Item* items,
-                                       State<S>& state, char* query_tile, char* stages) {
+                                       const Job& job, Item* items, State<S>& state, char* query_tile, char* stages) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % S::kWarpsM, first = warp / S::kWarpsM * S::kWarpKeys;
   const int depth = plan.stages;
@@ -325,7 +325,8 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
   Run* runs = item.runs;
   const Hull& hull = item.hull;
   {
-    const Hull found = hull_of(rows, divide_by_R(plan, job.at.first_row), divide_by_R(plan, job.at.first_row + job.valid - 1));
+    const Hull found =
+        hull_of(rows, divide_by_R(plan, job.at.first_row), divide_by_R(plan, job.at.first_row + job.valid - 1));
     if (lane == 4) item.hull = found;
     if (lane < 4) runs[lane] = run_of<S>(p, session, found, job.old, lane);
     __syncwarp();

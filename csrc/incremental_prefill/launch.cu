@@ -26,17 +26,22 @@ namespace {
 
 constexpr int kHeadDims[] = {64, 96, 128, 256};
 constexpr int kMaxStages = 6, kMaxDevices = 64, kClusterSizes = 4;  // clusters of 1, 2, 4, 8 blocks
-constexpr int kWorthABlock = 128;  // keys
+constexpr int kWorthABlock = 128;                                   // keys
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename Element>
 const Instance* of_type(int D) {
   switch (D) {
-    case 64: return instances<Element, 64>();
-    case 96: return instances<Element, 96>();
-    case 128: return instances<Element, 128>();
-    case 256: return instances<Element, 256>();
-    default: return nullptr;
+    case 64:
+      return instances<Element, 64>();
+    case 96:
+      return instances<Element, 96>();
+    case 128:
+      return instances<Element, 128>();
+    case 256:
+      return instances<Element, 256>();
+    default:
+      return nullptr;
   }
 }
 

@@ -1,7 +1,7 @@
-// Joining partial results (m, l, o): o = sum 2^(m_i - m) o_i, l = sum 2^(m_i - m) l_i with m = max m_i. First the warps of
-// a block, then the blocks of a cluster, which reduce a slice of the rows each, then clusters, by counters: of the blocks
-// that hold one slice the last to arrive joins it, always in the same order. Nobody ever waits for a block that may not
-// be running.
+// Joining partial results (m, l, o): o = sum 2^(m_i - m) o_i, l = sum 2^(m_i - m) l_i with m = max m_i. First the warps
+// of a block, then the blocks of a cluster, which reduce a slice of the rows each, then clusters, by counters: of the
+// blocks that hold one slice the last to arrive joins it, always in the same order. Nobody ever waits for a block that
+// may not be running.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,8 @@ struct Target {
 };
 
 template <class S>
-__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, const Rows2& rows, int row, int column,
-                                       Part part) {
+__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, const Rows2& rows, int row,
+                                       int column, Part part) {
   using Element = typename S::Element;
   const int at = to.first_row + row, t = divide_by_R(plan, at), h = to.hk * plan.R + at - t * plan.R;
   if (rows.sights[t].y < 0) part = nothing();
@@ -97,8 +97,8 @@ struct Partial {
   }
 };
 
-// Counts the block in, behind what it wrote; true in the last of `n`, which then sees what all wrote. Leaves the counter
-// at zero for the next launch.
+// Counts the block in, behind what it wrote; true in the last of `n`, which then sees what all wrote. Leaves the
+// counter at zero for the next launch.
 __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t n, int* shared_flag) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -1,5 +1,5 @@
-// Matrix products of one warp on tensor cores: 16 x 8 x 16 with fp32 sums (PTX ISA, mma.m16n8k16), and the loads of their
-// fragments from shared memory. A thread of lane l holds columns 2 (l % 4) and + 1 of rows l / 4 and l / 4 + 8.
+// Matrix products of one warp on tensor cores: 16 x 8 x 16 with fp32 sums (PTX ISA, mma.m16n8k16), and the loads of
+// their fragments from shared memory. A thread of lane l holds columns 2 (l % 4) and + 1 of rows l / 4 and l / 4 + 8.
 #pragma once
 
 #include <cstdint>

@@ -35,9 +35,9 @@ SK_HOST_DEVICE int divide(int a, int b) {
 
 // What the rows of one session ask for, as sums, minima and maxima: what a group of threads can reduce.
 struct Census {
-  int rows[2];                // source and target rows
-  int begin[2];               // smallest begin of either segment
-  int limit_min, limit_max;   // of target rows
+  int rows[2];               // source and target rows
+  int begin[2];              // smallest begin of either segment
+  int limit_min, limit_max;  // of target rows
 };
 
 SK_HOST_DEVICE Census no_rows() {

@@ -14,8 +14,8 @@ __device__ __forceinline__ float angle(const void* table, int64_t at, bool fp32)
   return fp32 ? static_cast<const float*>(table)[at] : to_float(static_cast<const Element*>(table)[at]);
 }
 
-// Two chunks of eight columns of a row, on their way from memory, with their angles; pair `c` of D / 16. Halves: the two
-// are turned against each other; interleaved: each in itself. All accesses lie on 16-byte borders.
+// Two chunks of eight columns of a row, on their way from memory, with their angles; pair `c` of D / 16. Halves: the
+// two are turned against each other; interleaved: each in itself. All accesses lie on 16-byte borders.
 template <typename Element>
 struct Pairs {
   Chunk<Element, 8> a, b;
@@ -49,7 +49,7 @@ struct Pairs {
         const Pair pair = rotate_pair(x[i], y[i], cosine[i], sine[i]);
         x[i] = pair.x, y[i] = pair.y;
       } else {
-        float(&z)[8] = i < 4 ? x : y;
+        float (&z)[8] = i < 4 ? x : y;
         const Pair pair = rotate_pair(z[2 * i % 8], z[2 * i % 8 + 1], cosine[i], sine[i]);
         z[2 * i % 8] = pair.x, z[2 * i % 8 + 1] = pair.y;
       }

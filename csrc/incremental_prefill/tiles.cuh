@@ -1,7 +1,7 @@
 // How rows of keys and values lie in shared memory, and how they get there.
 //
-// A tile is cut into panels of 64 columns; in a panel, row r keeps its 16-byte chunk c at place c ^ (r % 8), so that eight
-// neighbouring rows of one chunk lie in different banks. The last panel of D = 96 has 32 columns.
+// A tile is cut into panels of 64 columns; in a panel, row r keeps its 16-byte chunk c at place c ^ (r % 8), so that
+// eight neighbouring rows of one chunk lie in different banks. The last panel of D = 96 has 32 columns.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ struct Shape {
   static constexpr int kKeys = BLOCK_S;
   static constexpr int kWarpKeys = BLOCK_S / WARPS_S;
   static constexpr int kThreads = 32 * WARPS_M * WARPS_S;
-  static constexpr int kChunks = D / 8;             // 16-byte chunks of a row
-  static constexpr int kMatrix = BLOCK_S * D * 2;   // bytes of the keys of a tile, and of its values
+  static constexpr int kChunks = D / 8;            // 16-byte chunks of a row
+  static constexpr int kMatrix = BLOCK_S * D * 2;  // bytes of the keys of a tile, and of its values
   static constexpr int kStage = 2 * kMatrix;
   static constexpr int kQuery = kRows * D * 2;
   static constexpr int kOutRow = D + 8;             // floats between rows of o in shared memory
@@ -60,11 +60,16 @@ __device__ __forceinline__ void wait_groups() {
 // Waits until at most `n` of the calling thread's groups are on their way; n at most 4.
 __device__ __forceinline__ void wait_groups(int n) {
   switch (n) {
-    case 0: return wait_groups<0>();
-    case 1: return wait_groups<1>();
-    case 2: return wait_groups<2>();
-    case 3: return wait_groups<3>();
-    default: return wait_groups<4>();
+    case 0:
+      return wait_groups<0>();
+    case 1:
+      return wait_groups<1>();
+    case 2:
+      return wait_groups<2>();
+    case 3:
+      return wait_groups<3>();
+    default:
+      return wait_groups<4>();
   }
 }
 
@@ -74,8 +79,7 @@ struct Lane {
   uint32_t base, tail;  // of whole panels, of the last half panel
 
   __device__ __forceinline__ Lane(int row, int half)
-      : base(row * 128 + (half ^ (row % 8)) * 16),
-        tail(D / 64 * ROWS * 128 + row * 64 + (half ^ (row / 2 % 4)) * 16) {}
+      : base(row * 128 + (half ^ (row % 8)) * 16), tail(D / 64 * ROWS * 128 + row * 64 + (half ^ (row / 2 % 4)) * 16) {}
   // `tile` lies on a 1024-byte border; `down`: whole blocks of 16 rows below
   __device__ __forceinline__ uint32_t at(uint32_t tile, int i, int down) const {
     if (D % 64 == 0 || i < D / 64 * 4) {
