@@ -252,16 +252,18 @@ def _warm_span_attention(
     from ..ops.span_attention import span_attention as op
 
     ran = 0
-    # few rows and many have tiles of their own; dk and dv of few key heads are summed from parts in fp32
-    for H, HK, T in ((2, 2, 17), (8448, 1, 10)):
-        rows = (torch.zeros(1, heads, T, D, dtype=dtype, device=place) for heads in (H, HK, HK))
+    # few rows and many, few keys and many have tiles of their own; dk and dv of few key heads are summed from parts in
+    # fp32
+    for H, HK, T, S in ((2, 2, 17, 17), (8448, 1, 10, 16393)):
+        sizes = ((H, T), (HK, S), (HK, S))
+        rows = (torch.zeros(1, heads, length, D, dtype=dtype, device=place) for heads, length in sizes)
         q, k, v = (x.requires_grad_(training) for x in rows)
-        of_class = torch.zeros(1, T, dtype=torch.int8, device=place)
-        table: dict[str, Any] = {"key_class": of_class, "row_class": of_class, "class_rules": of_class[:, :1]}
+        of_key, of_row = (torch.zeros(1, length, dtype=torch.int8, device=place) for length in (S, T))
+        table: dict[str, Any] = {"key_class": of_key, "row_class": of_row, "class_rules": of_row[:, :1]}
         for N in slots:
             bounds = torch.zeros(1, T, N, 2, dtype=torch.int32, device=place)
             for spans in (Spans(bounds), *([Spans(bounds, **table)] if classes else [])):
-                blocks = prepared_op(spans, T, backend="triton")
+                blocks = prepared_op(spans, S, backend="triton")
                 o: Any = op(q, k, v, spans, prepared=blocks, backend="triton")
                 if training:
                     torch.autograd.grad(o.sum(), (q, k, v))

@@ -71,7 +71,7 @@ def test_span_attention(B, H, HK, classes, forms):
     backend._warm_span_attention(CPU, D, DTYPE, (2,), True, classes)
     warmed = len(forms)
     assert warmed >= 6
-    for T in LENGTHS:
+    for T in (*LENGTHS, 9001):
         q, k, v = (rows(B, heads, T).requires_grad_() for heads in (H, HK, HK))
         # a view that begins anywhere in a longer list
         bounds = random_spans(B, T + 1, T, 2, torch.Generator().manual_seed(T)).bounds.flatten()

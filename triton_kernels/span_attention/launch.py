@@ -65,8 +65,8 @@ class _Forward:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, spans: _Spans, sink_logits: bool, softcap: float) -> None:
         B, H, T, D = q.shape
         capability = _capability(q.device)
-        few = tiles.few_rows(B * H * T) and spans.plain(softcap)
-        choice = tiles.tile("forward", capability, D, q.element_size(), few=few, classes=spans.has_classes)
+        near = tiles.near_keys(k.shape[2], D, q.element_size()) and spans.plain(softcap)
+        choice = tiles.tile("forward", capability, D, q.element_size(), few=near, classes=spans.has_classes)
         columns = tiles.block_d(D)
         self.q = Box(q, choice.block_t, columns)
         self.k, self.v = Box(k, choice.block_s, columns), Box(v, choice.block_s, columns)

@@ -35,6 +35,12 @@ def few_rows(rows: int) -> bool:
     return rows < 5 * 132 * 128
 
 
+def near_keys(S: int, D: int, element_size: int) -> bool:
+    """Whether the keys and values of one head are so small (4 MiB, 8192 keys of bf16 at D = 128) that row tiles of 64,
+    which read them twice as often as tiles of 128, still find them in the L2."""
+    return 2 * S * D * element_size <= 4 << 20
+
+
 def tile(
     kernel: str,
     capability: int,
@@ -47,7 +53,7 @@ def tile(
     """The tile of one kernel; every (kernel, kind, padded D, element size) has a row.
 
     `plain`: at most two slots, all ATTEND, no softcap. What the others add to dk and dv needs more warps' registers.
-    `few`: `few_rows` of the call. `classes`: under a class table.
+    `few`: `near_keys` of a forward, `few_rows` of a backward. `classes`: under a class table.
     """
     key = (kernel, gpu_kind(capability), block_d(D), element_size)
     if classes:
@@ -96,7 +102,8 @@ WITH_RULES = {
     ("dkdv", "large", 128, 2): Tile(64, 64, 8, 2),
 }
 
-# measured on an H200 at 2048 rows of 28 heads: forward 65 us instead of 75, backward 271 us instead of 280
+# two programs on a multiprocessor, one in its softmax while the other multiplies; on an H200, 28 heads under a wait-k
+# mask: forward 65 us instead of 75 at 2048 rows, 713 instead of 803 at 8192, but 12.1 ms instead of 11.8 at 32768
 FEW_ROWS = {
     ("forward", "large", 128, 2): Tile(64, 64, 4, 3),
     ("dq", "large", 128, 2): Tile(64, 64, 4, 2),
