@@ -8,11 +8,17 @@
 #include <utility>
 #include <vector>
 
+#include "compact/bind.h"
 #include "incremental_prefill/call.h"
 #include "incremental_prefill/params.h"
+#include "reanchor/bind.h"
+#include "rotate/bind.h"
 #include "rotate_append/params.h"
+#include "select_tokens/bind.h"
+#include "span_attention/bind.h"
 #include "streamkernels/error.h"
 #include "streamkernels/runtime.h"
+#include "token_scores/bind.h"
 
 namespace py = pybind11;
 
@@ -96,6 +102,23 @@ void bind_rotate_append(py::module_& m) {
         arg("stream"));
 }
 
+void bind_pruned(py::module_& m) {
+  sk::token_scores::bind(m);
+  sk::select_tokens::bind(m);
+  sk::compact::bind(m);
+  sk::rotate::bind(m);
+  sk::reanchor::bind(m);
+  sk::span_attention::bind(m);
+}
+
+void preload_pruned(int device) {
+  sk::token_scores::preload(device);
+  sk::select_tokens::preload(device);
+  sk::compact::preload(device);
+  sk::rotate::preload(device);
+  sk::span_attention::preload(device);
+}
+
 void bind_incremental_prefill(py::module_& m) {
   using py::arg;
   m.def(
@@ -148,8 +171,10 @@ PYBIND11_MODULE(_C, m) {
       [](int device) {
         sk::rotate_append::preload(device);
         sk::incremental_prefill::preload(device);
+        preload_pruned(device);
       },
       py::arg("device"));
   bind_rotate_append(m);
   bind_incremental_prefill(m);
+  bind_pruned(m);
 }

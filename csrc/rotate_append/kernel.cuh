@@ -4,9 +4,8 @@
 
 #include "rotate_append/params.h"
 #include "rotate_append/plan.h"
-#include "streamkernels/chunk.cuh"
+#include "streamkernels/columns.cuh"
 #include "streamkernels/roles.cuh"
-#include "streamkernels/rope.cuh"
 #include "streamkernels/slots.cuh"
 
 namespace sk::rotate_append {
@@ -71,66 +70,6 @@ __device__ __forceinline__ void find_places(const Params& p, int b, int begin, i
   }
 }
 
-// The two runs of N columns that one thread moves, and how it rotates them.
-// Halves: run a is turned against run b. Interleaved with N > 1: each run holds whole pairs. The rest is copied.
-template <int N, bool INTERLEAVED>
-struct Columns {
-  int a, b;              // first column of each run; b < 0: the row has no second run
-  int angle_a, angle_b;  // first column of the angles; < 0: copied
-
-  __device__ __forceinline__ Columns(int item, int items, int D, int rotary_dim) {
-    if constexpr (INTERLEAVED && N > 1) {
-      a = item * N;
-      b = a + items * N;
-      angle_a = a < rotary_dim ? a / 2 : -1;
-      angle_b = b < rotary_dim ? b / 2 : -1;
-    } else {
-      const int pairs = rotary_dim / 2 / N;
-      if (item < pairs) {
-        angle_a = item * N;
-        a = INTERLEAVED ? 2 * item : angle_a;
-        b = INTERLEAVED ? a + 1 : angle_a + rotary_dim / 2;
-      } else {
-        angle_a = -1;
-        a = rotary_dim + (item - pairs) * N;
-        b = a + (items - pairs) * N;
-      }
-      angle_b = -1;
-    }
-    if (b >= D) b = -1;
-  }
-};
-
-// Cosines and sines of one row for one thread's columns.
-template <typename Element, int N, bool INTERLEAVED>
-struct Angles {
-  float cosine[N], sine[N];
-
-  __device__ __forceinline__ void load(const Params& p, int b, int t, const Columns<N, INTERLEAVED>& columns) {
-    const int64_t c = b * p.cosine.batch + t * p.cosine.row, s = b * p.sine.batch + t * p.sine.row;
-    if constexpr (INTERLEAVED && N > 1) {
-      constexpr int kHalf = N / 2;
-      if (columns.angle_a >= 0) part<0, kHalf>(p, c + columns.angle_a, s + columns.angle_a);
-      if (columns.angle_b >= 0) part<kHalf, kHalf>(p, c + columns.angle_b, s + columns.angle_b);
-    } else {
-      if (columns.angle_a >= 0) part<0, N>(p, c + columns.angle_a, s + columns.angle_a);
-    }
-  }
-
- private:
-  template <int FIRST, int COUNT>
-  __device__ __forceinline__ void part(const Params& p, int64_t cosine_at, int64_t sine_at) {
-    float c[COUNT], s[COUNT];
-    load_angles<Element, COUNT>(c, p.cosine.data, cosine_at, p.angles_fp32);
-    load_angles<Element, COUNT>(s, p.sine.data, sine_at, p.angles_fp32);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      cosine[FIRST + i] = c[i];
-      sine[FIRST + i] = s[i];
-    }
-  }
-};
-
 // The columns of k and v of one row and head, on their way from the chunk to the cache.
 template <typename Element, int N, bool INTERLEAVED>
 struct Cell {
@@ -145,26 +84,6 @@ struct Cell {
     }
   }
 
-  __device__ __forceinline__ void rotate(const Columns<N, INTERLEAVED>& columns,
-                                         const Angles<Element, N, INTERLEAVED>& angles) {
-    if constexpr (INTERLEAVED && N > 1) {
-      if (columns.angle_a >= 0) rotate_inside(k_a, angles.cosine, angles.sine);
-      if (columns.angle_b >= 0) rotate_inside(k_b, angles.cosine + N / 2, angles.sine + N / 2);
-    } else if (columns.angle_a >= 0) {
-      float x[N], y[N];
-      k_a.unpack(x);
-      k_b.unpack(y);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const Pair turned = rotate_pair(x[i], y[i], angles.cosine[i], angles.sine[i]);
-        x[i] = turned.x;
-        y[i] = turned.y;
-      }
-      k_a.pack(x);
-      k_b.pack(y);
-    }
-  }
-
   __device__ __forceinline__ void store(Element* k, Element* v, const Columns<N, INTERLEAVED>& columns) const {
     k_a.store(k + columns.a);
     v_a.store(v + columns.a);
@@ -173,25 +92,7 @@ struct Cell {
       v_b.store(v + columns.b);
     }
   }
-
- private:
-  static __device__ __forceinline__ void rotate_inside(Chunk<Element, N>& run, const float* cosine, const float* sine) {
-    float x[N];
-    run.unpack(x);
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      const Pair turned = rotate_pair(x[i], x[i + 1], cosine[i / 2], sine[i / 2]);
-      x[i] = turned.x;
-      x[i + 1] = turned.y;
-    }
-    run.pack(x);
-  }
 };
-
-template <typename Element>
-__device__ __forceinline__ Element* at(const Rows& x, int64_t b, int64_t h, int64_t row) {
-  return static_cast<Element*>(x.data) + b * x.batch + h * x.head + row * x.row;
-}
 
 // N columns in one access: 16 bytes, or one element where alignment or sizes do not allow that.
 template <typename Element, int N, bool INTERLEAVED>
@@ -217,7 +118,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatFit)
     for (int u = 0; u < kInFlight; ++u) {
       if (h + u < last_head) cells[u].load(at<Element>(p.k, b, h + u, t), at<Element>(p.v, b, h + u, t), columns);
     }
-    if (h == first_head) angles.load(p, b, t, columns);
+    if (h == first_head) {
+      angles.load(p.cosine.data, p.sine.data, b * p.cosine.batch + t * p.cosine.row, b * p.sine.batch + t * p.sine.row,
+                  p.angles_fp32, columns);
+    }
   };
   // the first loads are in flight while the places are found
   if (t < end) load();
@@ -229,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatFit)
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         if (h + u >= last_head) break;
-        cells[u].rotate(columns, angles);
+        turn(cells[u].k_a, cells[u].k_b, columns, angles);
         cells[u].store(at<Element>(target ? p.target_k : p.source_k, b, h + u, place.slot),
                        at<Element>(target ? p.target_v : p.source_v, b, h + u, place.slot), columns);
       }

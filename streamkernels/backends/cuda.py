@@ -2,7 +2,7 @@
 
 An op with a CUDA kernel has two things here: an entry in `KERNELS`, which says which calls the kernel takes, and a
 function of the op's name with the op's raw arguments, already checked. A kernel launches on torch's current stream of
-the tensors' device; it allocates nothing, keeps nothing and does not synchronise.
+the tensors' device; it allocates nothing beyond outputs and workspace, keeps nothing and does not synchronise.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ import torch
 from torch import Tensor
 
 from .. import _ext
-from . import cuda_incremental_prefill
+from . import cuda_incremental_prefill, cuda_pruned, cuda_span_attention
 from .cuda_incremental_prefill import gradient as gradient
 from .cuda_incremental_prefill import incremental_prefill as incremental_prefill
+from .cuda_pruned import compact as compact
+from .cuda_pruned import reanchor as reanchor
+from .cuda_pruned import rotate as rotate
+from .cuda_pruned import select_tokens as select_tokens
+from .cuda_pruned import token_scores as token_scores
+from .cuda_span_attention import span_attention as span_attention
+from .tensors import DTYPES
+from .tensors import rows_of as _rows
+from .tensors import stream_of as _stream
+from .tensors import table_of as _table
 
 if TYPE_CHECKING:
     from .select import Call
-
-# the codes of csrc/include/streamkernels/tensor.h
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def reason(call: Call) -> str | None:
@@ -30,7 +37,7 @@ def reason(call: Call) -> str | None:
     kernel = KERNELS.get(call.op)
     if kernel is None:
         return f"no CUDA kernel for {call.op} yet"
-    if call.dtype not in DTYPES:
+    if call.dtype not in DTYPES and call.op not in cuda_pruned.ANY_DTYPE:
         return f"the CUDA kernels take float16, bfloat16 and float32, not {str(call.dtype).removeprefix('torch.')}"
     if call.device.type != "cuda":
         return f"the tensors are on {call.device}; the CUDA kernels need a CUDA device"
@@ -51,12 +58,6 @@ def preload(device: torch.device | int) -> None:
     """Load every CUDA kernel onto `device`, so that no first use has to: for graph captures and timed runs."""
     index = device if isinstance(device, int) else device.index
     _ext.load().preload(torch.cuda.current_device() if index is None else index)
-
-
-def _stream(device: torch.device) -> int:
-    """The handle of torch's current stream; the short way costs a tenth of making a Stream object."""
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return raw(device.index) if raw is not None else torch.cuda.current_stream(device).cuda_stream
 
 
 def _takes_rotate_append(call: Call) -> str | None:
@@ -103,19 +104,9 @@ def rotate_append(
     )  # fmt: skip
 
 
-def _rows(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of [B, HK, rows, D]; the last stride is 1."""
-    batch, head, row, _ = x.stride()
-    return x.data_ptr(), batch, head, row
-
-
-def _table(x: Tensor) -> tuple[int, int, int]:
-    """Address and strides of [B or 1, rows, columns]; a batch of one serves all."""
-    batch, row, _ = x.stride()
-    return x.data_ptr(), batch if x.shape[0] > 1 else 0, row
-
-
 KERNELS: dict[str, Callable[[Call], str | None]] = {
     "rotate_append": _takes_rotate_append,
     "incremental_prefill": cuda_incremental_prefill.reason,
+    **cuda_pruned.KERNELS,
+    **cuda_span_attention.KERNELS,
 }

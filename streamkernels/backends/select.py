@@ -92,7 +92,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     >>> import streamkernels as sk
     >>> print(sk.explain(sk.span_attention, q, k, v, spans))  # doctest: +SKIP
     span_attention: reference
-      cuda: no CUDA kernel for span_attention yet
+      cuda: the tensors are on cpu; the CUDA kernels need a CUDA device
       triton: q is on cpu; Triton kernels need a CUDA device
       reference: ok
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,28 @@ def run(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[
 
 
 STEERING = {"CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAHOSTCXX", "NVCC_CCBIN", "PYTHONPATH", "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension with its kernels compiled for the host; misaligned accesses and integer overflow trap."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    out = tmp_path_factory.mktemp("host") / "_C.so"
+    host = Path(__file__).parent / "cuda_on_host"
+    traps = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
+    defines = ['-DSK_VERSION="host"', '-DSK_ARCHITECTURES="host"']
+    folders = [ROOT / "csrc", ROOT / "csrc" / "include", host, pybind11.get_include(), sysconfig.get_path("include")]
+    csrc = ROOT / "csrc"
+    sources = [csrc / "bindings.cpp", csrc / "incremental_prefill" / "call.cpp", *sorted(host.glob("*.cpp"))]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *traps, *defines]
+    done = subprocess.run(
+        [*command, *(f"-I{f}" for f in folders), *map(str, sources), "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 @pytest.fixture(scope="session")

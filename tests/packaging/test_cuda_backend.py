@@ -26,7 +26,10 @@ def ready(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.reason(call()) is None
     for other, words in [
-        (call(op="span_attention"), "no CUDA kernel for span_attention yet"),
+        (call(op="prepare"), "no CUDA kernel for prepare yet"),
+        (call(op="span_attention", D=80), "64, 96, 128 or 256, not 80"),
+        (call(op="span_attention", dtype=torch.float32), "not float32"),
+        (call(op="token_scores", D=264), "not 264"),
         (call(dtype=torch.float64), "not float64"),
         (call(device=torch.device("cpu")), "the tensors are on cpu"),
         (call(D=12), "a multiple of 8, at most 256, not 12"),
@@ -38,6 +41,34 @@ def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
             choose(other, "cuda")
     monkeypatch.setattr(_ext, "unavailable", lambda device=-1: "no NVIDIA driver is installed")
     assert cuda.reason(call()) == "no NVIDIA driver is installed"
+
+
+def test_few_rows_alone_and_features(ready: None) -> None:
+    def say(T: int, *features: str) -> str | None:
+        return cuda.reason(Call("span_attention", GPU, torch.float16, {"D": 64, "T": T}, frozenset(features)))
+
+    assert say(64) is None and say(1, "kept", "mass", "sink", "softcap", "sink_logits") is None
+    for why, words in [
+        (say(65), "at most 64 query rows"),
+        (say(1, "backward"), "no backward"),
+        (say(1, "classes"), "no class table"),
+        (say(1, "scale"), "scale > 0"),
+    ]:
+        assert why is not None and words in why
+    bits = Call("compact", GPU, torch.int64)
+    assert cuda.reason(bits) is None
+    assert "gradient" in str(cuda.reason(Call("compact", GPU, torch.float32, {}, frozenset({"backward"}))))
+
+
+@pytest.mark.parametrize("op", ["span_attention", "token_scores", "select_tokens", "compact", "rotate", "reanchor"])
+def test_every_choice_can_be_traced(op: str) -> None:
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def chosen(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        return x + 1, cuda.reason(Call(op, GPU, x.dtype, {"D": 64, "T": x.shape[0]}))
+
+    for T in (2, 70, 71):
+        _, why = chosen(torch.zeros(T, 64, dtype=torch.float16))
+        assert why == cuda.reason(Call(op, GPU, torch.float16, {"D": 64, "T": T}))
 
 
 def test_the_choice_is_a_constant_to_torch_compile() -> None:

@@ -10,9 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import itertools
-import shutil
-import subprocess
-import sysconfig
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,29 +24,6 @@ from streamkernels.core.slots import slot, stream_index
 from streamkernels.reference import incremental_prefill as prefill
 from streamkernels.reference import rotate_append as reference
 from streamkernels.testing.compare import assert_accurate
-
-ROOT = Path(__file__).resolve().parents[2]
-HOST = Path(__file__).parent / "cuda_on_host"
-pybind11 = pytest.importorskip("pybind11")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    out = tmp_path_factory.mktemp("host") / "_C.so"
-    traps = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
-    defines = ['-DSK_VERSION="host"', '-DSK_ARCHITECTURES="host"']
-    folders = [ROOT / "csrc", ROOT / "csrc" / "include", HOST, pybind11.get_include(), sysconfig.get_path("include")]
-    csrc = ROOT / "csrc"
-    sources = [csrc / "bindings.cpp", csrc / "incremental_prefill" / "call.cpp", HOST / "rotate_append.cpp"]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *traps, *defines]
-    done = subprocess.run(
-        [*command, *(f"-I{f}" for f in folders), *map(str, sources), "-o", str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 @pytest.fixture(scope="module")

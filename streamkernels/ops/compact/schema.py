@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...backends import cuda, triton
 from ...core.shapes import refuse
 from ...reference import compact as reference
 
@@ -18,18 +19,15 @@ LIBRARY.define(
 
 
 def _compact(x: Tensor, index: Tensor, count: Tensor, dim: int, backend: str) -> Tensor:
-    _only_reference(backend)
-    return reference.compact(x, index, count, dim)
+    room = {"reference": reference, "triton": triton, "cuda": cuda}[backend]
+    gathered: Tensor = room.compact(x, index, count, dim)  # type: ignore[attr-defined]
+    return gathered
 
 
 def _compact_backward(dy: Tensor, index: Tensor, count: Tensor, S: int, dim: int, backend: str) -> Tensor:
-    _only_reference(backend)
-    return reference.compact_backward(dy, index, count, S, dim)
-
-
-def _only_reference(backend: str) -> None:
     if backend != "reference":
-        refuse(OP, "backend", "reference, the only one that has this op", backend, NotImplementedError)
+        refuse(OP, "backend", "reference, the only one that has the gradient", backend, NotImplementedError)
+    return reference.compact_backward(dy, index, count, S, dim)
 
 
 def _fake(x: Tensor, index: Tensor, count: Tensor, dim: int, backend: str) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import triton
+from ...backends import cuda, triton
+from ...core.shapes import refuse
 from ...reference import span_attention as reference
 from ...reference.attend_rows import compute_dtype
 
@@ -33,8 +34,9 @@ LIBRARY.define(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     *given, backend = options
-    if backend == "triton":
-        return triton.span_attention(q, k, v, *given)
+    if backend != "reference":
+        room = {"triton": triton, "cuda": cuda}[backend]
+        return room.span_attention(q, k, v, *given)  # type: ignore[attr-defined]
     spans, sink_logits, scale, softcap = _read(given)
     return reference.span_attention(q, k, v, spans, sink_logits, scale=scale, softcap=softcap)
 
@@ -45,6 +47,8 @@ def _backward(
     *given, backend = options
     if backend == "triton":
         return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *given)
+    if backend != "reference":
+        refuse(OP, "backend", "triton or reference, which have the gradient", backend, NotImplementedError)
     spans, sink_logits, scale, softcap = _read(given)
     return reference.span_attention_backward(
         do, dlse, q, k, v, o, lse, spans, sink_logits, scale=scale, softcap=softcap

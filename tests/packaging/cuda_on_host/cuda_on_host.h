@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -20,6 +21,7 @@
 #define __grid_constant__
 #define __shared__ static
 
+using std::max;
 using std::min;
 
 struct alignas(16) uint4 {
@@ -28,6 +30,12 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }
@@ -40,7 +48,7 @@ inline Dim threadIdx, blockIdx, blockDim;
 namespace host {
 
 constexpr size_t kStack = 256 * 1024;
-enum class At { kStart, kBarrier, kBallot, kSum, kEnd };
+enum class At { kStart, kBarrier, kBallot, kSum, kShuffle, kEnd };
 
 struct Fiber {
   ucontext_t context;
@@ -73,18 +81,33 @@ inline void run_block(unsigned threads) {
     fibers[t].context.uc_stack.ss_size = kStack;
     makecontext(&fibers[t].context, enter, 0);
   }
-  for (bool ended = false; !ended;) {
-    for (unsigned t = 0; t < threads; ++t) {
-      threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
-    }
-    for (unsigned t = 1; t < threads; ++t) {
-      if (fibers[t].at != fibers[0].at) {
-        std::fprintf(stderr, "thread %u is at another synchronisation than thread 0\n", t);
-        std::abort();
+  // warps go on by themselves; at a barrier they wait for each other
+  const auto all_at = [&](At at) {
+    return std::all_of(fibers.begin(), fibers.begin() + threads, [=](const Fiber& f) { return f.at == at; });
+  };
+  for (unsigned t = 0; t < threads; ++t) fibers[t].at = At::kStart;
+  while (!all_at(At::kEnd)) {
+    const bool together = all_at(At::kBarrier);
+    bool went = false;
+    for (unsigned warp = 0; warp < threads; warp += 32) {
+      if (fibers[warp].at == At::kEnd || (fibers[warp].at == At::kBarrier && !together)) continue;
+      went = true;
+      const unsigned end = std::min(threads, warp + 32);
+      for (unsigned t = warp; t < end; ++t) {
+        threadIdx.x = t;
+        swapcontext(&scheduler, &fibers[t].context);
+      }
+      for (unsigned t = warp; t < end; ++t) {
+        if (fibers[t].at != fibers[warp].at) {
+          std::fprintf(stderr, "thread %u is at another synchronisation than thread %u\n", t, warp);
+          std::abort();
+        }
       }
     }
-    ended = fibers[0].at == At::kEnd;
+    if (!went) {
+      std::fprintf(stderr, "some warps wait at a barrier that others never come to\n");
+      std::abort();
+    }
   }
 }
 
@@ -127,6 +150,48 @@ inline int __reduce_add_sync(unsigned, int value) {
     for (int i = 0; i < 32; ++i) sum += lane[i];
     return sum;
   });
+}
+
+inline int __reduce_min_sync(unsigned, int value) {
+  return host::warp(host::At::kSum, value, [](const int* lane) { return *std::min_element(lane, lane + 32); });
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  return host::warp(host::At::kSum, value, [](const int* lane) { return *std::max_element(lane, lane + 32); });
+}
+
+// the value of the lane that `source` makes of one's own number
+template <typename T, typename Source>
+T shuffle_on_host(T value, Source source) {
+  static_assert(sizeof(T) == sizeof(int), "32 bits");
+  int bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const int from = source(static_cast<int>(threadIdx.x % 32));
+  bits = host::warp(host::At::kShuffle, bits, [&](const int* lane) { return lane[from]; });
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return shuffle_on_host(value, [=](int) { return lane; });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shuffle_on_host(value, [=](int lane) { return lane ^ mask; });
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, int step) {
+  return shuffle_on_host(value, [=](int lane) { return lane + step < 32 ? lane + step : lane; });
+}
+
+inline int __ffs(unsigned x) {
+  return __builtin_ffs(static_cast<int>(x));
+}
+
+inline int atomicAdd(int* word, int value) {
+  const int before = *word;
+  *word += value;
+  return before;
 }
 
 inline int __popc(unsigned x) {

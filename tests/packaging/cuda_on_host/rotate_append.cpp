@@ -6,9 +6,10 @@
 #include "streamkernels/error.h"
 #include "streamkernels/runtime.h"
 
-namespace {
-
+// of the machine that plans are made for
 int processors = 132;
+
+namespace {
 
 template <typename Element>
 auto choose(bool vectors, bool interleaved) {

@@ -1,0 +1,87 @@
+// span_attention at the border to Python.
+#pragma once
+
+#include "span_attention/params.h"
+#include "streamkernels/border.h"
+
+namespace sk::span_attention {
+
+inline Params params_of(Rows q, Rows k, Rows v, uintptr_t o, uintptr_t lse, uintptr_t bounds, Table sink_key, Rows kept,
+                        Table kept_count, uintptr_t sink_logits, bool sink_logits_fp32, int B, int H, int HK, int T,
+                        int S, int D, int N, int K, const pybind11::tuple& rules, double scale, double softcap,
+                        int dtype) {
+  border::require(B >= 0 && HK >= 1 && T >= 0 && S >= 0 && K >= 0 && H % HK == 0,
+                  "span_attention: q: expected sizes >= 0 and H a multiple of HK");
+  border::require(N >= 1 && N <= kMaxSlots && static_cast<int>(rules.size()) == N,
+                  "span_attention: rules: expected one rule for each of at most 8 slots");
+  border::require(dtype == static_cast<int>(DType::kFloat16) || dtype == static_cast<int>(DType::kBFloat16),
+                  "span_attention: q: expected float16 or bfloat16");
+  border::require(scale > 0 && softcap >= 0, "span_attention: scale: expected a number > 0");
+  border::require(aligned(q, 2) && aligned(k, 2) && aligned(v, 2),
+                  "span_attention: q: expected rows on 16-byte borders");
+  const bool some = B && H && T;
+  border::require(!some || (q.data && o && lse && bounds && (S == 0 || (k.data && v.data))),
+                  "span_attention: q: expected no null pointer");
+  Params p{};
+  p.q = q;
+  p.k = k;
+  p.v = v;
+  p.o = border::address(o);
+  p.lse = static_cast<float*>(border::address(lse));
+  p.bounds = static_cast<const int32_t*>(border::address(bounds));
+  p.sink_key = sink_key;
+  p.kept = kept;
+  p.kept_count = kept_count;
+  p.sink_logits = border::address(sink_logits);
+  p.sink_logits_fp32 = sink_logits_fp32;
+  p.B = B;
+  p.H = H;
+  p.HK = HK;
+  p.T = T;
+  p.S = S;
+  p.D = D;
+  p.N = N;
+  p.K = kept.data == nullptr ? 0 : K;
+  for (int n = 0; n < N; ++n) {
+    const int rule = rules[n].cast<int>();
+    border::require(rule >= kAttend && rule <= kKept, "span_attention: rules: expected rules 0 to 3");
+    p.rules[n] = static_cast<Rule>(rule);
+  }
+  p.scale = scale;
+  p.softcap = softcap;
+  return p;
+}
+
+inline void bind(pybind11::module_& m) {
+  using namespace pybind11::literals;
+  m.def(
+      "span_attention_splits",
+      [](Rows q, Rows k, Rows v, uintptr_t o, uintptr_t lse, uintptr_t bounds, Table sink_key, Rows kept,
+         Table kept_count, uintptr_t sink_logits, bool sink_logits_fp32, int B, int H, int HK, int T, int S, int D,
+         int N, int K, const pybind11::tuple& rules, double scale, double softcap, int dtype, int device) {
+        return splits(params_of(q, k, v, o, lse, bounds, sink_key, kept, kept_count, sink_logits, sink_logits_fp32, B,
+                                H, HK, T, S, D, N, K, rules, scale, softcap, dtype),
+                      device);
+      },
+      "q"_a, "k"_a, "v"_a, "o"_a, "lse"_a, "bounds"_a, "sink_key"_a, "kept"_a, "kept_count"_a, "sink_logits"_a,
+      "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
+      "dtype"_a, "device"_a);
+  m.def(
+      "span_attention",
+      [](Rows q, Rows k, Rows v, uintptr_t o, uintptr_t lse, uintptr_t bounds, Table sink_key, Rows kept,
+         Table kept_count, uintptr_t sink_logits, bool sink_logits_fp32, int B, int H, int HK, int T, int S, int D,
+         int N, int K, const pybind11::tuple& rules, double scale, double softcap, int dtype, int device,
+         uintptr_t room, int splits, uintptr_t stream) {
+        Params p = params_of(q, k, v, o, lse, bounds, sink_key, kept, kept_count, sink_logits, sink_logits_fp32, B, H,
+                             HK, T, S, D, N, K, rules, scale, softcap, dtype);
+        border::require(splits >= 1 && (splits == 1 || room), "span_attention: room: expected no null pointer");
+        p.partial = static_cast<float*>(border::address(room));
+        p.parts = p.partial == nullptr ? nullptr : p.partial + static_cast<int64_t>(splits) * B * H * T * D;
+        launch(p, splits, static_cast<DType>(dtype), device, stream);
+      },
+      "q"_a, "k"_a, "v"_a, "o"_a, "lse"_a, "bounds"_a, "sink_key"_a, "kept"_a, "kept_count"_a, "sink_logits"_a,
+      "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
+      "dtype"_a, "device"_a, "room"_a, "splits"_a, "stream"_a);
+}
+
+}  // namespace sk::span_attention

@@ -1,0 +1,276 @@
+// token_scores: what every listed key contributes to the output of one query row, in one pass over its k and v.
+// With a the probability of a key in a head and e = o - a v, a key needs three sums over heads and head dim: e e, e o
+// and a a v v, besides the sum of a. Only q k is needed before a is known, so a row costs one sum over lanes per head;
+// the others stay in their lanes until all heads are done. Sums are taken in a fixed order: the same bits every time.
+#pragma once
+
+#include "streamkernels/chunk.cuh"
+#include "streamkernels/overlap.cuh"
+#include "token_scores/params.h"
+#include "token_scores/plan.h"
+
+namespace sk::token_scores {
+
+constexpr unsigned kAll = 0xffffffffu;
+// |o - c| below this many ulps of |o| is rounding of exp(s - lse), not a direction (reference/token_scores.py)
+constexpr float kRounding = 64.0f * 1.1920929e-7f;
+
+struct Sums {
+  float left, along, own, mass;  // e e, e o, a a v v, a
+};
+
+struct Scores {
+  float cosine, norm, mass;
+};
+
+// `whole` is o o over all heads.
+SK_HOST_DEVICE Scores scores_of(const Sums& sums, float whole) {
+  const float length = sqrtf(whole), rest = sqrtf(sums.left);
+  float cosine = sums.along / (rest * length);
+  // written so that NaN stays
+  cosine = cosine > 1.0f ? 1.0f : cosine < -1.0f ? -1.0f : cosine;
+  if (rest <= kRounding * length) cosine = 0.0f;
+  if (length == 0.0f) cosine = 1.0f;
+  return {cosine, sqrtf(sums.own), sums.mass};
+}
+
+template <typename Element>
+using Piece = Chunk<Element, 16 / sizeof(Element)>;
+
+template <typename Element>
+__device__ __forceinline__ void clear(Piece<Element>& piece) {
+  piece.bits = uint4{0, 0, 0, 0};
+}
+
+// 16 bytes of a row that may lie anywhere.
+template <typename Element>
+__device__ __forceinline__ void load_elements(Piece<Element>& piece, const Element* from) {
+  constexpr int kWidth = 16 / sizeof(Element);
+  Element x[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) x[i] = from[i];
+  memcpy(&piece.bits, x, sizeof(piece.bits));
+}
+
+template <typename Element>
+__device__ __forceinline__ const Element* head_of(const Table& x, int64_t b, int64_t h) {
+  return static_cast<const Element*>(x.data) + b * x.batch + h * x.row;
+}
+
+// Brings the line of an address close without waiting for it.
+__device__ __forceinline__ void touch(const void* x) {
+#if defined(__CUDACC__)
+  [[maybe_unused]] uint16_t unused;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unused) : "l"(x));
+#endif
+}
+
+// q and lse of batch row b, which every block reads head by head.
+template <typename Element>
+__device__ __forceinline__ void touch_queries(const Params& p, int b) {
+  constexpr int kLine = 128 / sizeof(Element);
+  const int lines = (p.D + kLine - 1) / kLine;
+  for (int i = threadIdx.x; i < p.H * lines; i += kThreads) {
+    touch(head_of<Element>(p.q, b, i / lines) + i % lines * kLine);
+    if (i < p.H) touch(head_of<float>(p.lse, b, i));
+  }
+}
+
+// o o over all heads of batch row b: this thread's share.
+template <typename Element>
+__device__ __forceinline__ float square_of_output(const Params& p, int b, bool vectors) {
+  constexpr int kWidth = 16 / sizeof(Element);
+  const int pieces = p.D / kWidth;
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < p.H * pieces; i += kThreads) {
+    const Element* from = head_of<Element>(p.o, b, i / pieces) + i % pieces * kWidth;
+    Piece<Element> piece;
+    if (vectors) {
+      piece.load(from);
+    } else {
+      load_elements(piece, from);
+    }
+    float x[kWidth];
+    piece.unpack(x);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum = fmaf(x[j], x[j], sum);
+  }
+  return sum;
+}
+
+template <typename Element, int LANES, int CHUNKS>
+struct Slot {
+  static constexpr int kWidth = 16 / sizeof(Element);
+  Piece<Element> k[CHUNKS], v[CHUNKS];
+
+  // one row of k and v; `first` is this lane's first column
+  __device__ __forceinline__ void load(const Element* k_row, const Element* v_row, int first, int D, bool live,
+                                       bool vectors) {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      const int column = first + c * LANES * kWidth;
+      clear(k[c]);
+      clear(v[c]);
+      if (!live || column >= D) continue;
+      if (vectors) {
+        k[c].load_streaming(k_row + column);
+        v[c].load_streaming(v_row + column);
+      } else {
+        load_elements(k[c], k_row + column);
+        load_elements(v[c], v_row + column);
+      }
+    }
+  }
+
+  // folds one query head into the sums
+  __device__ __forceinline__ void fold(const Params& p, const Element* q, const Element* o, float lse, int first,
+                                       bool live, bool vectors, Sums& sums) const {
+    Piece<Element> q_piece[CHUNKS], o_piece[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      const int column = first + c * LANES * kWidth;
+      clear(q_piece[c]);
+      clear(o_piece[c]);
+      if (!live || column >= p.D) continue;
+      if (vectors) {
+        q_piece[c].load(q + column);
+        o_piece[c].load(o + column);
+      } else {
+        load_elements(q_piece[c], q + column);
+        load_elements(o_piece[c], o + column);
+      }
+    }
+    float s = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      float x[kWidth], y[kWidth];
+      k[c].unpack(x);
+      q_piece[c].unpack(y);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) s = fmaf(x[i], y[i], s);
+    }
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) s += __shfl_xor_sync(kAll, s, step);
+    s *= p.scale;
+    if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap);
+    const float a = expf(s - lse);
+    if (!live) return;
+    float square = 0.0f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      float x[kWidth], y[kWidth];
+      v[c].unpack(x);
+      o_piece[c].unpack(y);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const float e = fmaf(-a, x[i], y[i]);
+        sums.left = fmaf(e, e, sums.left);
+        sums.along = fmaf(e, y[i], sums.along);
+        square = fmaf(x[i], x[i], square);
+      }
+    }
+    sums.own = fmaf(a * a, square, sums.own);
+    sums.mass += a;
+  }
+};
+
+template <typename Element, int LANES, int CHUNKS>
+__global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 5 : 3)
+    token_scores_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
+  constexpr int kGroups = 32 / LANES, kWidth = 16 / sizeof(Element);
+  __shared__ Sums shared[kMaxParts * kGroups];
+  __shared__ float squares[kWarps];
+  const int b = blockIdx.x / plan.tiles, tile = blockIdx.x % plan.tiles;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / LANES;
+  const int first = lane % LANES * kWidth;
+  const int R = p.H / p.HK;
+  const int count = static_cast<const int32_t*>(p.count.data)[b * p.count.batch];
+  const int32_t* index = static_cast<const int32_t*>(p.index.data) + b * p.index.batch;
+  const int64_t begin = static_cast<int64_t>(tile) * plan.keys;
+  // asked for beside the count, not after it
+  const auto token_of = [&](int64_t entry) { return entry < p.K ? index[entry * p.index.row] : -1; };
+  const auto listed = [&](int64_t entry, int token) { return entry < count && token >= 0 && token < p.S; };
+
+  int token[kSlots];
+#pragma unroll
+  for (int u = 0; u < kSlots; ++u) {
+    token[u] = token_of(begin + (warp * kSlots + u) / plan.parts * kGroups + group);
+  }
+  if (begin < count) {
+    touch_queries<Element>(p, b);
+    // also brings o close
+    float square = square_of_output<Element>(p, b, plan.vectors);
+    int part[kSlots];
+    Sums sums[kSlots];
+#pragma unroll
+    for (int u = 0; u < kSlots; ++u) {
+      const int slot = warp * kSlots + u;
+      if (!listed(begin + slot / plan.parts * kGroups + group, token[u])) token[u] = -1;
+      part[u] = slot % plan.parts;
+      sums[u] = {0.0f, 0.0f, 0.0f, 0.0f};
+    }
+    for (int step = 0; step < p.HK; step += plan.parts) {
+      Slot<Element, LANES, CHUNKS> slots[kSlots];
+#pragma unroll
+      for (int u = 0; u < kSlots; ++u) {
+        const int64_t h = step + part[u], row = token[u];
+        const Element* k_row = static_cast<const Element*>(p.k.data) + b * p.k.batch + h * p.k.head + row * p.k.row;
+        const Element* v_row = static_cast<const Element*>(p.v.data) + b * p.v.batch + h * p.v.head + row * p.v.row;
+        slots[u].load(k_row, v_row, first, p.D, row >= 0 && h < p.HK, plan.vectors);
+      }
+#pragma unroll
+      for (int u = 0; u < kSlots; ++u) {
+        const int h = step + part[u];
+        const bool live = token[u] >= 0 && h < p.HK;
+        for (int r = 0; r < R; ++r) {
+          const int64_t head = static_cast<int64_t>(h) * R + r;
+          float lse = live ? *head_of<float>(p.lse, b, head) : 0.0f;
+          // a row that saw nothing gave no key a probability
+          lse = lse == -INFINITY ? INFINITY : lse;
+          slots[u].fold(p, head_of<Element>(p.q, b, head), head_of<Element>(p.o, b, head), lse, first, live,
+                        plan.vectors, sums[u]);
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kSlots; ++u) {
+#pragma unroll
+      for (int step = LANES / 2; step > 0; step /= 2) {
+        sums[u].left += __shfl_xor_sync(kAll, sums[u].left, step);
+        sums[u].along += __shfl_xor_sync(kAll, sums[u].along, step);
+        sums[u].own += __shfl_xor_sync(kAll, sums[u].own, step);
+      }
+      if (first == 0) shared[(warp * kSlots + u) * kGroups + group] = sums[u];
+    }
+    let_next_launch_begin();
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(kAll, square, step);
+    if (lane == 0) squares[warp] = square;
+    __syncthreads();
+  }
+
+  const int64_t entry = begin + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) >= plan.keys || entry >= p.K) return;
+  Scores scores{1.0f, 0.0f, 0.0f};
+  if (listed(entry, token_of(entry))) {
+    const int key = threadIdx.x / kGroups, column = threadIdx.x % kGroups;
+    Sums total{0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = 0; i < plan.parts; ++i) {
+      const Sums& x = shared[(key * plan.parts + i) * kGroups + column];
+      total.left += x.left;
+      total.along += x.along;
+      total.own += x.own;
+      total.mass += x.mass;
+    }
+    float whole = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) whole += squares[w];
+    scores = scores_of(total, whole);
+  }
+  const int64_t place = static_cast<int64_t>(b) * p.K + entry;
+  p.cosine[place] = scores.cosine;
+  p.norm[place] = scores.norm;
+  p.mass[place] = scores.mass;
+}
+
+}  // namespace sk::token_scores

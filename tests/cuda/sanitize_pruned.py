@@ -1,0 +1,50 @@
+"""One small call of every pruning kernel, for `compute-sanitizer --tool memcheck python tests/cuda/sanitize_pruned.py`.
+
+Also with --tool racecheck, initcheck and synccheck. Prints `done` at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import streamkernels as sk
+from streamkernels.core.spans import ATTEND, KEPT, MASS, SINK
+
+GARBAGE = 2**31 - 1
+
+
+def ints(x: list) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.int32, device="cuda")
+
+
+def prune(dtype: torch.dtype, D: int) -> None:
+    q, o = (torch.randn(2, 4, 1, D, device="cuda").to(dtype) for _ in "qo")
+    k, v = (torch.randn(2, 2, 37, D, device="cuda").to(dtype) for _ in "kv")
+    index = ints([[0, 3, 36, -1, GARBAGE], [5, 6, 7, 8, 9]])
+    count = ints([5, 2])
+    lse = torch.ones(2, 4, 1, device="cuda")
+    scores = sk.token_scores(q, k, v, o, lse, index, count, backend="cuda")
+    kept, kept_count = sk.select_tokens(scores.norm, k=2, index=index, count=count, backend="cuda")
+    sk.select_tokens(scores.norm, threshold=0.1, index=index, backend="cuda")
+    sk.compact(k, kept, kept_count, dim=2, backend="cuda")
+    angles = torch.rand(1, 37, D // 2, device="cuda")
+    sk.rotate(k, angles, angles, backend="cuda")
+    sk.reanchor(k, angles[:, :1], angles[:, :1], interleaved=True, backend="cuda")
+
+
+def attend(T: int, D: int, HK: int) -> None:
+    q = torch.randn(1, 2 * HK, T, D, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, HK, 333, D, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    bounds = ints([[0, 40], [50, 300], [300, 320], [320, GARBAGE]]).expand(1, T, 4, 2).contiguous()
+    kept = ints([[[-5, 55, 60, 299, 400, GARBAGE]]]).expand(1, HK, 6)
+    spans = sk.Spans(bounds, (ATTEND, KEPT, MASS, SINK), ints([[0, 0, 0, 5]]), kept, ints([[5] * HK]))
+    sk.span_attention(q, k, v, spans, sink_logits=torch.zeros(2 * HK, device="cuda"), softcap=9.0, backend="cuda")
+
+
+if __name__ == "__main__":
+    prune(torch.bfloat16, 64)
+    prune(torch.float32, 256)
+    for T, D, HK in ((1, 128, 2), (64, 64, 1), (9, 256, 1), (3, 96, 2)):
+        attend(T, D, HK)
+    torch.cuda.synchronize()
+    print("done")
