@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "compact/bind.h"
-#include "reanchor/bind.h"
-#include "rotate/bind.h"
 #include "incremental_prefill/call.h"
 #include "incremental_prefill/params.h"
+#include "reanchor/bind.h"
+#include "rotate/bind.h"
 #include "rotate_append/params.h"
 #include "select_tokens/bind.h"
 #include "span_attention/bind.h"

@@ -184,8 +184,9 @@ struct Range {
   int begin, end;
 };
 SK_HOST_DEVICE Range part_of(Range whole, int i, int n) {
-  const int64_t size = whole.end - whole.begin;
-  return {whole.begin + static_cast<int>(size * i / n), whole.begin + static_cast<int>(size * (i + 1) / n)};
+  // at most 8 parts of far fewer than 2^28 steps
+  const uint32_t size = whole.end - whole.begin, at = i, parts = n;
+  return {whole.begin + static_cast<int>(size * at / parts), whole.begin + static_cast<int>(size * (at + 1) / parts)};
 }
 
 }  // namespace sk::incremental_prefill

@@ -93,12 +93,13 @@ def incremental_prefill(
     return o.transpose(1, 2), lse
 
 
-def gradient(dtype: torch.dtype) -> str:
-    """The backend that computes the gradient of a call that ran here: Triton's kernel where it has one."""
+def gradient(dtype: torch.dtype, scale: float) -> str:
+    """The backend that computes the gradient of a call that ran here: Triton where its kernel can, else the
+    reference."""
     from . import triton
 
-    able = "incremental_prefill" in triton.OPS and dtype in (torch.float16, torch.bfloat16) and not triton._missing()
-    return "triton" if able else "reference"
+    able = dtype in (torch.float16, torch.bfloat16) and scale > 0 and triton._missing() is None
+    return "triton" if able and "incremental_prefill" in triton.OPS else "reference"
 
 
 _NO_ANGLES = (0,) * 6

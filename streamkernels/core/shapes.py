@@ -87,10 +87,8 @@ class Shapes:
             refuse(self.op, name, f"a tensor on {self.device}", x)
         if unit_last_stride and x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
             refuse(self.op, name, "last stride 1 (call .contiguous())", f"strides {tuple(x.stride())}")
-        if new:
-            self.sizes.update(new)
-        if self.device is None:
-            self.device = x.device
+        self.sizes.update(new)
+        self.device = x.device
         return x
 
     def _bind(self, letter: str, size: int, new: dict[str, int]) -> bool:

@@ -304,6 +304,18 @@ def test_prefill_shares_cover_every_step(native: ctypes.CDLL) -> None:
         assert share <= max(-(-items * steps // workers), 2 << smallest) + 4, (items, steps, workers)
 
 
+def test_prefill_parts_tile_their_range(native: ctypes.CDLL) -> None:
+    out = (ctypes.c_int * 2)()
+    for begin, size, n in itertools.product((0, 7, 10**6), (0, 1, 5, 8, 2**20 + 3, 10**8), (1, 2, 4, 8)):
+        at, sizes = begin, []
+        for i in range(n):
+            native.part_of(begin, begin + size, i, n, out)
+            assert out[0] == at
+            at = out[1]
+            sizes.append(out[1] - out[0])
+        assert at == begin + size and max(sizes) - min(sizes) <= 1
+
+
 def test_bindings_name_what_is_wrong(extension: ModuleType) -> None:
     def call(**changed: int) -> None:
         names = extension.rotate_append.__doc__.split("(", 1)[1].split(")")[0]

@@ -38,6 +38,8 @@ LIBRARY.define(
 # places in the two schemas
 BUFFERS, STATUS, BLOCK_TABLE = slice(5, 9), 10, 16
 BACKWARD_BLOCK_TABLE, BACKWARD_SINK_LOGITS = 19, 24
+# without the block table
+BACKWARD_SCALE = 21
 
 
 def run(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +60,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *call, backend = arguments
     _refuse_blocks(call.pop(BACKWARD_BLOCK_TABLE))
     if backend == "cuda":
-        backend = cuda.gradient(call[2].dtype)
+        backend = cuda.gradient(call[2].dtype, call[BACKWARD_SCALE])
     room = {"reference": reference, "triton": triton}[backend]
     with torch.no_grad():
         dq, dk, dv, dsink_logits = room.incremental_prefill_backward(*call)  # type: ignore[attr-defined]

@@ -129,6 +129,13 @@ EXPORT void session_of(const int* in, const int* rows, int* out, int* sights) {
   }
 }
 
+// part i of n of [begin, end)
+EXPORT void part_of(int begin, int end, int i, int n, int* out) {
+  const auto r = sk::incremental_prefill::part_of({begin, end}, i, n);
+  out[0] = r.begin;
+  out[1] = r.end;
+}
+
 // steps of an item and of a share when `items` of `steps` are alike
 EXPORT void shares_of(int items, int steps, int workers, int smallest, int* out) {
   const auto s = sk::incremental_prefill::even_shares(items, steps, workers, workers / items, smallest);
