@@ -44,6 +44,11 @@ def reason(call: Call) -> str | None:
     return kernel(call) or _unavailable(call.device.index)
 
 
+def hands_over(call: Call) -> bool:
+    """Whether Triton's kernel was measured to be faster for `call`, which the CUDA kernel can run too."""
+    return cuda_pruned.hands_over(call)
+
+
 def _unavailable(index: int | None) -> str | None:
     return _ext.unavailable(torch.cuda.current_device() if index is None else index)
 

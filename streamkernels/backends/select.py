@@ -2,7 +2,8 @@
 
 An op describes its call (`Call`), every kernel backend answers `reason(call)`: None if it can run the call, else one
 sentence why not.
-`auto` takes the first of cuda, triton, reference that can; a named backend that cannot raises with its sentence.
+`auto` takes the first of cuda, triton, reference that can, but Triton's kernel where it was measured to be faster; a
+named backend that cannot raises with its sentence.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def choose(call: Call, backend: str) -> str:
     if call.device.type == "cuda" and call.dtype != torch.float64:
         for name in ("cuda", "triton"):
             if _kernel_backend(name).reason(call) is None:
+                if name == "cuda" and cuda.hands_over(call) and triton.reason(call) is None:
+                    continue
                 return name
     return "reference"
 
@@ -77,6 +80,8 @@ def _kernel_backend(name: str) -> Any:
 
 def _explanation(call: Call, backend: str) -> Explanation:
     reasons = {name: _kernel_backend(name).reason(call) or "ok" for name in ("cuda", "triton")}
+    if reasons["cuda"] == reasons["triton"] == "ok" and cuda.hands_over(call):
+        reasons["cuda"] = "ok, but Triton's kernel was measured to be faster"
     reasons["reference"] = "ok"
     token = _explaining.set(False)
     try:
