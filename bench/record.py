@@ -1,17 +1,59 @@
-"""Where a number comes from: machine, software, commit; and the file that holds the numbers."""
+"""Where a number comes from: machine, software, commit; the file that holds the numbers; what a row must show."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a ratio must be: `at_least`, or `at_most`, a number. An aim is a goal that a row may miss."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    aim: bool = False
+
+    def __str__(self) -> str:
+        bound = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+        return f"aim {bound}" if self.aim else bound
+
+    def met(self, ratio: float) -> bool:
+        """Whether `ratio` meets it; NaN never does."""
+        return ratio >= self.at_least if self.at_least is not None else ratio <= (self.at_most or 0.0)
+
+
+def compared(
+    work: str, part: str, predicted: float, measured: float, peer: str, peer_us: float, goal: Goal | None
+) -> dict[str, Any]:
+    """One row of a table, times in us. The ratio is peer / measured for a goal from below, measured / peer for one from
+    above."""
+    over = goal is not None and goal.at_most is not None
+    ratio = measured / peer_us if over else peer_us / measured
+    unknown = goal is None or math.isnan(ratio)
+    return {
+        "work": work,
+        "part": part,
+        "predicted us": predicted,
+        "measured us": measured,
+        "peer": peer,
+        "peer us": peer_us,
+        "ratio": ratio,
+        "goal": "-" if goal is None else str(goal),
+        "met": "-" if unknown else "yes" if goal.met(ratio) else "no",
+    }
+
+
+@functools.cache
 def machine() -> dict[str, Any]:
     """GPU, driver-independent software versions, and the commit (git's, or STREAMKERNELS_COMMIT where there is no
     git)."""
@@ -49,6 +91,14 @@ def save(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown tables: one per set of columns, in the order in which they first appear."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row), []).append(row)
+    return "\n\n".join(table(some) for some in found.values()) or "(no rows)"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
     if not rows:
@@ -56,6 +106,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     keys = list(rows[0])
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     for row in rows:
-        cells = [f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in keys]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(_cell(row[k]) for k in keys) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -1,12 +1,18 @@
 // The border to Python: ints in, exceptions out. No CUDA header and no torch header here.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "compact/bind.h"
 #include "reanchor/bind.h"
 #include "rotate/bind.h"
+#include "incremental_prefill/call.h"
+#include "incremental_prefill/params.h"
 #include "rotate_append/params.h"
 #include "select_tokens/bind.h"
 #include "span_attention/bind.h"
@@ -113,6 +119,29 @@ void preload_pruned(int device) {
   sk::span_attention::preload(device);
 }
 
+void bind_incremental_prefill(py::module_& m) {
+  using py::arg;
+  m.def(
+      "incremental_prefill",
+      [](const py::bytes& words) {
+        const std::string_view bytes = words;
+        if (bytes.size() % 8 != 0) throw std::invalid_argument("incremental_prefill: expected 64-bit words");
+        std::vector<int64_t> copy(bytes.size() / 8);
+        std::memcpy(copy.data(), bytes.data(), bytes.size());
+        sk::incremental_prefill::call(copy.data(), copy.size());
+      },
+      arg("words"));
+  m.def(
+      "incremental_prefill_workspace",
+      [](int B, int H, int HK, int T, int D, int dtype, int device) {
+        size_t counters = 0, partials = 0;
+        sk::incremental_prefill::workspace_of(B, H, HK, T, D, dtype, device, counters, partials);
+        return std::make_pair(counters, partials);
+      },
+      arg("B"), arg("H"), arg("HK"), arg("T"), arg("D"), arg("dtype"), arg("device"));
+  m.def("capture_id", &sk::capture_id, arg("stream"));
+}
+
 // streamkernels.CudaError lives in Python, so that it can be named without this module
 void raise_cuda_error(const sk::CudaError& e) {
   const py::object type = py::module_::import("streamkernels._ext").attr("CudaError");
@@ -141,9 +170,11 @@ PYBIND11_MODULE(_C, m) {
       "preload",
       [](int device) {
         sk::rotate_append::preload(device);
+        sk::incremental_prefill::preload(device);
         preload_pruned(device);
       },
       py::arg("device"));
   bind_rotate_append(m);
+  bind_incremental_prefill(m);
   bind_pruned(m);
 }

@@ -114,4 +114,11 @@ int multiprocessors(int device) {
   return count;
 }
 
+uint64_t capture_id(uintptr_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check(cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id), "asking for a capture");
+  return status == cudaStreamCaptureStatusActive ? id + 1 : 0;
+}
+
 }  // namespace sk

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .core.cache import PADDING, SOURCE, TARGET, StreamCache
     from .core.positions import Rotary
     from .core.spans import Rule, Spans
-    from .integrations.transformers import GroupedCache, StreamSession
+    from .integrations.transformers import GroupedCache, SessionBatch, StreamSession
     from .integrations.transformers.patch import patch
+    from .integrations.transformers.prune import prune_vision
     from .ops.compact import compact
     from .ops.incremental_prefill import incremental_prefill
     from .ops.merge_partials import merge_partials
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .ops.select_tokens import select_tokens, visipruner_exit, visipruner_select
     from .ops.span_attention import span_attention
     from .ops.token_scores import token_scores
+    from .pruning import VisionPruning
     from .streaming import ReadAll, Session, Threshold, WaitK
 
 _HOMES = {
@@ -47,8 +49,10 @@ _HOMES = {
     "Rule": ".core.spans",
     "Spans": ".core.spans",
     "GroupedCache": ".integrations.transformers",
+    "SessionBatch": ".integrations.transformers",
     "StreamSession": ".integrations.transformers",
     "patch": ".integrations.transformers",
+    "prune_vision": ".integrations.transformers.prune",
     "compact": ".ops.compact",
     "incremental_prefill": ".ops.incremental_prefill",
     "merge_partials": ".ops.merge_partials",
@@ -62,6 +66,7 @@ _HOMES = {
     "visipruner_select": ".ops.select_tokens",
     "span_attention": ".ops.span_attention",
     "token_scores": ".ops.token_scores",
+    "VisionPruning": ".pruning",
     "ReadAll": ".streaming",
     "Session": ".streaming",
     "Threshold": ".streaming",
@@ -82,6 +87,7 @@ __all__ = [
     "patch",
     "positions",
     "prepare",
+    "prune_vision",
     "pruned_attention",
     "ReadAll",
     "reanchor",
@@ -91,6 +97,7 @@ __all__ = [
     "Rule",
     "select_tokens",
     "Session",
+    "SessionBatch",
     "SOURCE",
     "span_attention",
     "Spans",
@@ -102,6 +109,7 @@ __all__ = [
     "token_scores",
     "visipruner_exit",
     "visipruner_select",
+    "VisionPruning",
     "WaitK",
     "warmup",
 ]

@@ -1,10 +1,13 @@
-"""The command `streamkernels`: `demo` streams a text through a model, `info` says what can run here."""
+"""The command `streamkernels`: `demo` streams a text through a model, `info` says what can run here, `bench` runs a
+checkout's benchmarks."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,11 @@ Streams text that arrives word by word through a model and shows what was read a
 is one utterance. At the end: average lagging (AL, LAAL; source words), forwards, source tokens projected beside what
 re-encoding would have projected, and the largest difference to one forward over the whole text under the same spans.
 A policy never lets the text end before the source has ended: where the model would, it reads on (--early-end: it ends).
+"""
+
+_BENCH = """
+Runs bench/bench_OP.py of the checkout that streamkernels was imported from, with pytest, and prints the tables. On a
+machine without a GPU only the reference is timed.
 """
 
 
@@ -60,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
     info = commands.add_parser("info", help="versions, backends, GPU", description="What streamkernels can use here.")
     info.set_defaults(run=_info)
+    bench = commands.add_parser("bench", help="the benchmarks of a checkout", description=_BENCH)
+    bench.set_defaults(run=_bench)
+    bench.add_argument("ops", nargs="*", metavar="OP", help="for example span_attention (default: all)")
+    compile_only = "time nothing, fill the compilers' caches (with pytest-xdist in 8 processes)"
+    bench.add_argument("--compile-only", action="store_true", help=compile_only)
     return parser
 
 
@@ -104,3 +117,23 @@ def _info(args: argparse.Namespace) -> int:
     print(f"  triton       {why or 'ready: ' + ', '.join(triton.OPS)}")
     print(f"  cuda         {cuda_status()}")
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[1] / "bench"
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    why = None
+    if not (folder / "conftest.py").is_file():
+        why = "the benchmarks are not installed with the package; run this from a checkout (pip install -e .)"
+    for op in args.ops:
+        if why is None and op not in found:
+            why = f"no benchmark of {op!r}; there are {', '.join(found)}"
+    if why is not None:
+        print(f"streamkernels bench: {why}", file=sys.stderr)
+        return 2
+    # the folder's own conftest comes first: it knows the option
+    chosen = [str(found[op]) for op in args.ops or found]
+    options = ["-s"]
+    if args.compile_only:
+        options = ["--compile-only", *(["-n", "8"] if importlib.util.find_spec("xdist") else [])]
+    return subprocess.run([sys.executable, "-m", "pytest", *options, *chosen], cwd=folder.parent).returncode

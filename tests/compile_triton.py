@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamkernels.triton_kernels.compact import compile as compact
+from streamkernels.triton_kernels.incremental_prefill import compile as incremental_prefill
 from streamkernels.triton_kernels.prepare import compile as prepare
 from streamkernels.triton_kernels.reanchor import compile as reanchor
 from streamkernels.triton_kernels.rotate import compile as rotate
@@ -32,7 +33,7 @@ from streamkernels.triton_kernels.span_attention import compile as span_attentio
 from streamkernels.triton_kernels.token_scores import compile as token_scores
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
-OPS = (rotate_append, prepare, span_attention)
+OPS = (rotate_append, incremental_prefill, prepare, span_attention)
 OPS += (token_scores, select_tokens, compact, rotate, reanchor)
 
 
@@ -51,9 +52,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 # run-time numbers that are not multiples of 16: everything else a launch passes is (strides, pointers)
 UNALIGNED = {"T", "S", "H", "HK", "K", "TB", "SB", "heads", "chunks", "sinks", "source_capacity", "target_capacity"}
-UNALIGNED |= {"P", "Q", "limit", "width", "threshold", "x_p", "scores_b", "scores_k"}
+UNALIGNED |= {"RC", "KC", "mass_n", "P", "Q", "limit", "width", "threshold", "x_p", "scores_b", "scores_k"}
 UNALIGNED |= {"cos_b", "cos_t", "sin_b", "sin_t", "index_b", "index_k", "count_b", "lse_b", "lse_h"}
-UNALIGNED |= {"inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
+UNALIGNED |= {"size", "parts", "inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
 
 
 def build(
@@ -62,8 +63,9 @@ def build(
     """Compile as the GPU would: constants by position, and the alignment that real pointers and strides have."""
     names = list(kernel.arg_names)
     constants = {(names.index(key),): value for key, value in constexprs.items()}
+    unaligned = UNALIGNED | {str(n) for n in kernel.do_not_specialize or ()}
     aligned = [
-        n for n in names if n not in constexprs and n not in UNALIGNED and not signature[n].startswith("tensordesc")
+        n for n in names if n not in constexprs and n not in unaligned and not signature[n].startswith("tensordesc")
     ]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)

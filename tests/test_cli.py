@@ -311,3 +311,26 @@ def test_as_a_process(qwen: Path, tmp_path: Path) -> None:
     run = subprocess.run(command, input="five €20\n".encode(), capture_output=True, cwd=tmp_path, env=env, timeout=240)
     assert run.returncode == 0 and b"| WRITE" in run.stdout and b"one-shot" in run.stdout
     assert not run.stderr
+
+
+def test_bench_names_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], cwd: Path) -> Any:
+        ran.append([str(Path(c).name) for c in command[1:]])
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr("streamkernels.cli.subprocess.run", run)
+    assert main(["bench", "span_attention"]) == 3
+    assert main(["bench", "span_attention", "--compile-only"]) == 3
+    first = ["-m", "pytest", "-s", "bench_span_attention.py"]
+    assert ran[0] == first and ran[1][:3] == ["-m", "pytest", "--compile-only"] and ran[1][-1] == first[-1]
+    assert main(["bench"]) == 3 and len(ran[2]) >= 3 + len(list((ROOT / "bench").glob("bench_*.py")))
+    assert main(["bench", "typo"]) == 2 and "no benchmark of 'typo'; there are" in capsys.readouterr().err
+    assert len(ran) == 3
+
+
+def test_bench_outside_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr("streamkernels.cli.__file__", str(tmp_path / "streamkernels" / "cli.py"))
+    assert main(["bench"]) == 2
+    assert "run this from a checkout" in capsys.readouterr().err

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import _ext
-from . import cuda_pruned, cuda_span_attention
+from . import cuda_incremental_prefill, cuda_pruned, cuda_span_attention
+from .cuda_incremental_prefill import gradient as gradient
+from .cuda_incremental_prefill import incremental_prefill as incremental_prefill
 from .cuda_pruned import compact as compact
 from .cuda_pruned import reanchor as reanchor
 from .cuda_pruned import rotate as rotate
@@ -109,6 +111,7 @@ def rotate_append(
 
 KERNELS: dict[str, Callable[[Call], str | None]] = {
     "rotate_append": _takes_rotate_append,
+    "incremental_prefill": cuda_incremental_prefill.reason,
     **cuda_pruned.KERNELS,
     **cuda_span_attention.KERNELS,
 }

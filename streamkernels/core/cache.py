@@ -215,9 +215,9 @@ class StreamCache:
         self._settle("reserve", staged=True)
         cache_room.reserve(self, check_int("reserve", "source", source), check_int("reserve", "target", target))
 
-    def replayed(self, source: int = 0, target: int = 0) -> None:
-        """Tell the host that the device committed up to that many rows per session by itself: after a graph replay."""
-        cache_room.replayed(self, check_int("replayed", "source", source), check_int("replayed", "target", target))
+    def replayed(self, source: int | Sequence[int] = 0, target: int | Sequence[int] = 0) -> None:
+        """Tell the host what the device committed by itself in a graph replay: rows per session, an int for at most."""
+        cache_room.replayed(self, source, target)
 
     def check(self) -> None:
         """Read the status words (a synchronisation). Raises RuntimeError, and clears them, if a write was dropped."""

@@ -77,7 +77,7 @@ def pop(cache: StreamCache, counts: list[int], role: int) -> None:
         _check_history(cache, "pop", "n", after)
         cache._lose()
     for group, lengths in zip(cache._lengths.groups, after, strict=True):
-        group.committed[..., role].sub_(n.to(group.device, torch.int32))
+        group.committed[..., role].sub_(n.to(torch.int32).to(group.device, non_blocking=True))
         group.upper.copy_(lengths)
     cache._lengths.measure()
     _note_low(cache)

@@ -105,7 +105,7 @@ def _pair(op: str, name: str, x: Any) -> tuple[Any, Any]:
 def place(device: str | torch.device) -> torch.device:
     """A device with its index, as the tensors made there have it."""
     d = torch.device(device)
-    return torch.device("cuda", torch.cuda.currentplace()) if d.type == "cuda" and d.index is None else d
+    return torch.device("cuda", torch.cuda.current_device()) if d.type == "cuda" and d.index is None else d
 
 
 def _check_rotaries(op: str, rotaries: list[object], head_dims: list[int]) -> None:

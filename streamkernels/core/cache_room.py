@@ -5,13 +5,15 @@ The bodies of those methods of `StreamCache`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from .cache_edit import per_session
 from .cache_form import UNLIMITED
-from .shapes import refuse
+from .shapes import check_int, refuse
 from .staging import SOURCE, TARGET, Rows
 
 if TYPE_CHECKING:
@@ -69,11 +71,34 @@ def reserve(cache: StreamCache, source: int, target: int) -> None:
             grow(cache, layer, sizes)
 
 
-def replayed(cache: StreamCache, source: int, target: int) -> None:
+def replayed(cache: StreamCache, source: int | Sequence[int], target: int | Sequence[int]) -> None:
+    counts = [source, target]
+    each = []
+    for name, n in zip(("source", "target"), counts, strict=True):
+        if isinstance(n, int):
+            each.append([check_int("replayed", name, n)] * cache.batch)
+        else:
+            each.append(per_session(cache, "replayed", name, n))
     for group in cache._lengths.groups:
-        group.upper.add_(torch.tensor([source, target]))
-    cache._lengths.exact = False
+        group.upper.add_(torch.tensor(each).T)
+    # one count for all sessions is an upper bound
+    cache._lengths.exact = cache._lengths.exact and not any(isinstance(n, int) for n in counts)
     cache._lengths.measure()
+
+
+@contextlib.contextmanager
+def unchanged_bounds(cache: StreamCache) -> Iterator[None]:
+    """Leave the host's bounds as they were: for a step that is only captured, or that had padding alone."""
+    lengths = cache._lengths
+    kept = [g.upper.clone() for g in lengths.groups], lengths.exact, lengths.known
+    try:
+        yield
+    finally:
+        cache._step.clear()
+        for group, upper in zip(lengths.groups, kept[0], strict=True):
+            group.upper.copy_(upper)
+        lengths.exact, lengths.known = kept[1:]
+        lengths.measure()
 
 
 def check(cache: StreamCache) -> None:

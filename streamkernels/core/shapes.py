@@ -66,18 +66,18 @@ class Shapes:
             refuse(self.op, name, f"a tensor [{letters.replace(' ', ', ')}]", x, TypeError)
         wanted = letters.split()
         new: dict[str, int] = {}
-        fits = x.dim() == len(wanted)
+        shape = x.shape
+        fits = len(shape) == len(wanted)
         if fits:
-            for letter, size in zip(wanted, x.shape, strict=True):
-                allowed = [self._size(part, new) for part in letter.split("|")]
-                if None in allowed:
-                    new[letter.split("|")[allowed.index(None)]] = size
-                elif all(size != other for other in allowed):
-                    # not `in`: torch.compile compares a specialised size to a symbolic one wrongly there
+            for letter, size in zip(wanted, shape, strict=True):
+                known = self.sizes.get(letter, new.get(letter))
+                if known is None:
+                    fits = self._bind(letter, size, new) and fits
+                elif known != size:
                     fits = False
         if not fits:
-            known = ", ".join(f"{k}={v}" for k, v in self.sizes.items() if k in letters.replace("|", " ").split())
-            refuse(self.op, name, f"shape [{', '.join(wanted)}]" + (f" with {known}" if known else ""), x)
+            bound = ", ".join(f"{k}={v}" for k, v in self.sizes.items() if k in letters.replace("|", " ").split())
+            refuse(self.op, name, f"shape [{', '.join(wanted)}]" + (f" with {bound}" if bound else ""), x)
         if dtype is not None:
             dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
             if x.dtype not in dtypes:
@@ -87,14 +87,23 @@ class Shapes:
             refuse(self.op, name, f"a tensor on {self.device}", x)
         if unit_last_stride and x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
             refuse(self.op, name, "last stride 1 (call .contiguous())", f"strides {tuple(x.stride())}")
-        self.sizes.update(new)
-        self.device = x.device
+        if new:
+            self.sizes.update(new)
+        if self.device is None:
+            self.device = x.device
         return x
 
-    def _size(self, letter: str, new: dict[str, int]) -> int | None:
-        if letter.isdigit():
-            return int(letter)
-        return self.sizes.get(letter, new.get(letter))
+    def _bind(self, letter: str, size: int, new: dict[str, int]) -> bool:
+        """Whether `size` fits a letter that is not bound yet: a new one, a literal number, or alternatives."""
+        for part in letter.split("|"):
+            known = int(part) if part.isdigit() else self.sizes.get(part, new.get(part))
+            # not `in`: torch.compile compares a specialised size to a symbolic one wrongly there
+            if known is None:
+                new[part] = size
+                return True
+            if known == size:
+                return True
+        return False
 
     def heads(self) -> int:
         """Check H against HK and D against the limits; returns R = H // HK."""

@@ -99,7 +99,8 @@ class Step:
             self.role, self.shared = role, {}
         if device not in self.shared:
             counts = count_roles(role) if role.device.type == "cpu" else None
-            self.shared[device] = Rows(role.to(device), T, counts)
+            # a copy that waits for the device would be a synchronisation in the middle of a step
+            self.shared[device] = Rows(role.to(device, non_blocking=True), T, counts)
         return self.shared[device]
 
     def learn(self, device: torch.device, rows: Rows) -> None:

@@ -3,90 +3,78 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import copy
 import operator
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 
 from ..core.shapes import check_int, refuse
 from ..core.spans import limits_from_visible
 from .policies import Action, Policy, State
-from .protocols import Codec, StreamModel
-from .trace import Counts, End, Event, Read, Write
+from .protocols import Codec, Step, StreamModel
+from .replies import Answered, Reply, read_replies
+from .state import Held, Settings, Stream, token_ids
+from .trace import End, Read, Write
 
 END = object()  # handed over in place of a word: no word follows
+T = TypeVar("T")
+# work of a loop: it asks for steps, is sent replies, and ends with a result; whoever drives it may share forwards
+Work = Generator[Step, Reply, T]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a session is told once; see `Session`."""
+@dataclass(eq=False)
+class SessionMark:
+    """A point of a session to roll back to, made by `Session.mark`; its fields are the session's business."""
 
-    header: list[int]
-    prompt: list[int]
-    source_end: list[int]
-    sample: Callable[[torch.Tensor], int] | None
-    max_target_tokens: int
-    max_word_tokens: int
-    clock: Callable[[], float]
-
-
-@dataclass
-class Held:
-    """What the last row that was fed predicts, and how much source it saw."""
-
-    limit: int
-    logits: torch.Tensor  # [vocab]
-    best: int
-    token: int | None = None  # sampled from logits, at most once
-
-
-@dataclass
-class Stream:
-    """All that one session knows, apart from its model and settings."""
-
-    source_lengths: list[int]  # of the segments read
-    pending: list[int]  # source tokens read, not yet projected
-    unfed: list[int]  # target tokens whose rows come next: the header, then one token at a time
-    read_tokens: int
-    waiting: bool = False  # whether pending holds more than the prompt
-    inbox: deque[tuple[str, list[int]]] = field(default_factory=deque)  # handed over, not read; '' is the end marker
-    handed: int = 0
-    closed: bool = False  # end() was called
-    words_read: int = 0
-    source_ended: bool = False  # and the end marker read
-    tokens: list[int] = field(default_factory=list)
-    word: list[int] = field(default_factory=list)  # the open word
-    before: list[int] = field(default_factory=list)  # the word before it
-    target_lengths: list[int] = field(default_factory=list)
-    visible: list[int] = field(default_factory=list)  # source segments that each target segment sees
-    limits: list[int] = field(default_factory=list)  # one per target row in the cache
-    boundary: bool = True  # the next prediction begins a word: the policy is to be asked
-    decision: Action | None = None
-    held: Held | None = None
-    in_word: bool = False  # the text so far ends inside a word
-    written: list[tuple[int, float]] = field(default_factory=list)  # per word of the text: words read, seconds spent
-    done: bool = False
-    counts: Counts = field(default_factory=Counts)
-    events: list[Event] = field(default_factory=list)
-    delivered: int = 0
-    started: float = 0.0
-    spent: float = 0.0
-    entered: float = 0.0
+    loop: Loop
+    serial: int
+    stream: Stream
+    fed: bool
 
 
 class Loop:
-    """Moves one `Stream` on, one read or one token at a time. The model is told of nothing but steps."""
+    """Moves one `Stream` on, one read or one token at a time. The model is told of nothing but steps.
+
+    Methods that may need a forward are generators (`Work`); `drive` runs one with forwards of its own.
+    """
 
     def __init__(self, model: StreamModel, codec: Codec, policy: Policy, settings: Settings) -> None:
         self.model, self.codec, self.policy, self.settings = model, codec, policy, settings
         prompt, header = list(settings.prompt), list(settings.header)
         self.stream = Stream([len(prompt)], prompt, header, len(prompt), target_lengths=[len(header)])
+        self._marks: weakref.WeakSet[SessionMark] = weakref.WeakSet()
+        self._serial = 0
+        if settings.decoder is not None:
+            settings.decoder.begin(header)
 
-    def hand_over(self, word: object, flush: bool) -> None:
+    def drive(self, work: Work[T]) -> T:
+        """Do the work with this model alone."""
+        try:
+            step = next(work)
+            while True:
+                try:
+                    logits = self.model.step(step.source, step.target, step.limits)
+                    (reply,) = read_replies([self.answered(step, logits)])
+                    if isinstance(reply, Exception):
+                        raise reply
+                except BaseException as error:
+                    step = work.throw(error)
+                else:
+                    step = work.send(reply)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    def answered(self, step: Step, logits: torch.Tensor) -> Answered:
+        """A step's logits, with what `read_replies` must know of this session."""
+        return self.settings.decoder, self.stream.tokens, step, logits
+
+    def hand_over(self, word: object, flush: bool) -> Work[None]:
         """A word, or END, has come: read it at once if the policy waits for it."""
         s = self.stream
         op, got = ("Session.end", "end()") if word is END else ("Session.read", repr(word))
@@ -102,8 +90,8 @@ class Loop:
             s.handed += 1
             s.closed = word is END
             try:
-                while s.inbox and s.boundary and self._wants_to_read():
-                    self._take()
+                while s.inbox and s.boundary and (yield from self._wants_to_read()):
+                    yield from self._take()
             except BaseException:
                 # it is last in line, so what failed came before it was read: withdrawn
                 if s.inbox:
@@ -112,7 +100,7 @@ class Loop:
                     s.closed = False
                 raise
             if flush:
-                self._flush()
+                yield from self._flush()
 
     def _encode(self, word: object) -> tuple[str, list[int]]:
         if not isinstance(word, str):
@@ -124,12 +112,12 @@ class Loop:
             refuse("Session.read", "word", "a word with at least one token", repr(word))
         return word, tokens
 
-    def _take(self) -> None:
+    def _take(self) -> Work[None]:
         """Read the next segment in line; its tokens wait for the next write, or for the next read."""
         s = self.stream
         word, tokens = s.inbox[0]
         if s.waiting and tokens:
-            self._flush()
+            yield from self._flush()
         s.inbox.popleft()
         s.source_lengths.append(len(tokens))
         s.read_tokens += len(tokens)
@@ -141,7 +129,7 @@ class Loop:
         s.source_ended = word == ""
         s.words_read += not s.source_ended
 
-    def _wants_to_read(self) -> bool:
+    def _wants_to_read(self) -> Work[bool]:
         """At a boundary: whether to read. The policy is asked once per state, and only when there is a choice."""
         s = self.stream
         if s.source_ended:
@@ -149,6 +137,8 @@ class Loop:
         if len(s.source_lengths) == 1:
             return True
         if s.decision is None:
+            if getattr(self.policy, "predicts", False):
+                yield from self._prediction()
             s.decision = self._ask()
         return s.decision is Action.READ
 
@@ -158,7 +148,7 @@ class Loop:
         def prediction() -> Held:
             if not asking:
                 refuse("State", "logits, ending", "use while the policy decides", "use after it")
-            return self._prediction()
+            return self.drive(self._prediction())
 
         state = State(
             source_words=s.words_read,
@@ -178,23 +168,23 @@ class Loop:
             refuse("Session", "policy(state)", "Action.READ or Action.WRITE", repr(action), TypeError)
         return action
 
-    def advance(self) -> bool:
+    def advance(self) -> Work[bool]:
         """One piece of work: a read, or a token. False when a word is wanted that has not come, and at the end."""
         s = self.stream
         if s.done:
             return False
         with self._working():
-            if not (s.boundary and self._wants_to_read()):
-                self._write_token()
+            if not (s.boundary and (yield from self._wants_to_read())):
+                yield from self._write_token()
                 return True
             if s.inbox:
-                self._take()
+                yield from self._take()
                 return True
             return False
 
-    def _write_token(self) -> None:
+    def _write_token(self) -> Work[None]:
         s = self.stream
-        token = self._sample(self._prediction())
+        token = self._sample((yield from self._prediction()))
         ends = token in self.codec.end
         if s.boundary:
             s.boundary, s.decision = False, None
@@ -209,7 +199,7 @@ class Loop:
         else:
             self._accept(token)
 
-    def _prediction(self) -> Held:
+    def _prediction(self) -> Work[Held]:
         """What the last target token predicts, given all that was read; its row is fed, or fed again, if need be."""
         s = self.stream
         if s.held is not None and s.held.limit != s.read_tokens:
@@ -223,9 +213,10 @@ class Loop:
             if not s.visible:
                 read = len(s.source_lengths)
                 limits = limits_from_visible(s.source_lengths, [len(limits), 1], [*visible, read].__getitem__)[:-1]
-            with self._step(s.unfed, limits) as logits:
-                best = _best(logits, len(s.unfed))
-            s.visible, s.held = visible, Held(s.read_tokens, logits[-1], best)
+            reply = yield from self._step(s.unfed, limits)
+            if reply.logits is None:
+                refuse("Session", "model.step(...)", "logits for target rows", None)
+            s.visible, s.held = visible, Held(s.read_tokens, reply.logits, reply.token)
         return s.held
 
     def _header_sees(self) -> int:
@@ -234,12 +225,11 @@ class Loop:
         read = len(s.source_lengths)
         return read if rule is None else min(rule(0, read if s.source_ended else sys.maxsize), read)
 
-    @contextlib.contextmanager
-    def _step(self, target: list[int], limits: list[int]) -> Iterator[torch.Tensor]:
-        """One forward over what is pending and these target rows; not kept if it, or the block it yields to, raises."""
+    def _step(self, target: list[int], limits: list[int]) -> Work[Reply]:
+        """One forward over what is pending and these target rows; not kept if anything is wrong with it."""
         s = self.stream
         try:
-            yield self.model.step(s.pending, target, limits)
+            reply = yield Step(s.pending, target, limits)
         except BaseException:
             self.model.discard()
             raise
@@ -247,11 +237,11 @@ class Loop:
         s.counts.add(len(s.pending), len(target))
         s.limits += limits
         s.pending, s.waiting = [], False
+        return reply
 
-    def _flush(self) -> None:
+    def _flush(self) -> Work[None]:
         if self.stream.pending:
-            with self._step([], []):
-                pass
+            yield from self._step([], [])
 
     def _sample(self, held: Held) -> int:
         sample, vocab = self.settings.sample, held.logits.shape[0]
@@ -269,10 +259,16 @@ class Loop:
         s = self.stream
         s.tokens.append(token)
         s.word.append(token)
+        decoder, held = self.settings.decoder, s.held
         s.unfed, s.held = [token], None
+        if decoder is not None:
+            decoder.put(token)
         if len(s.tokens) == self.settings.max_target_tokens:
             self._close_word()
             self._finish("length")
+        elif decoder is not None and held is not None and decoder.stops(s.tokens, held.logits):
+            self._close_word()
+            self._finish("stop")
         elif len(s.word) == self.settings.max_word_tokens or (self.codec.closes(token) and self._word_has_text()):
             self._close_word()
 
@@ -300,6 +296,45 @@ class Loop:
     def _finish(self, reason: str) -> None:
         self.stream.done = True
         self.stream.events.append(End(reason, self._time()))
+        if self.settings.decoder is not None:
+            self.settings.decoder.end()
+
+    def cancel(self) -> None:
+        """End the text here, whatever it was about to do."""
+        if not self.stream.done:
+            if self.stream.word:
+                self._close_word()
+            self._finish("cancelled")
+
+    def mark(self) -> SessionMark:
+        """All that `stream` is now, but for what its last row predicts."""
+        s = self.stream
+        kept = Stream(**{f.name: copy.copy(getattr(s, f.name)) for f in fields(s)})
+        kept.held = None
+        self._serial += 1
+        made = SessionMark(self, self._serial, kept, s.held is not None)
+        self._marks.add(made)
+        return made
+
+    def rollback(self, mark: SessionMark) -> None:
+        """Be what the mark remembers. The row that was fed last then is fed again, since it may have been fed since
+        with more source in sight; counts go on counting."""
+        if mark not in self._marks:
+            refuse("Session.rollback", "mark", "a mark of this text, not after one that was rolled back to", mark)
+        truncate = getattr(self.model, "truncate", None)
+        if truncate is None:
+            refuse("Session.rollback", "model", "a model with truncate(source, target)", type(self.model).__name__)
+        kept, now = mark.stream, self.stream
+        s = Stream(**{f.name: copy.copy(getattr(kept, f.name)) for f in fields(kept)})
+        again = mark.fed and not kept.done
+        if again:
+            s.limits.pop()
+            s.unfed = (s.tokens or self.settings.header)[-1:]
+        truncate(s.read_tokens - len(s.pending), len(s.limits))
+        s.counts, s.spent = now.counts, now.spent
+        s.counts.extra_forwards += again
+        self.stream = s
+        self._marks = weakref.WeakSet(m for m in self._marks if m.serial <= mark.serial)
 
     def _time(self) -> float:
         return self.settings.clock() - self.stream.started
@@ -312,21 +347,3 @@ class Loop:
             yield
         finally:
             s.spent += self.settings.clock() - s.entered
-
-
-def _best(logits: torch.Tensor, rows: int) -> int:
-    """The likeliest token of the last row, once the logits are seen to be logits."""
-    fits = isinstance(logits, torch.Tensor) and logits.is_floating_point() and logits.dim() == 2 and len(logits) == rows
-    if not fits:
-        refuse("Session", "model.step(...)", f"float logits [{rows}, vocab]", logits)
-    # one transfer; max finds a NaN wherever it stands
-    largest, best = torch.stack([x.float() for x in logits[-1].detach().max(-1)]).tolist()
-    if not math.isfinite(largest):
-        refuse("Session", "model.step(...)", "finite logits", f"{largest}: the step was discarded")
-    return int(best)
-
-
-def token_ids(op: str, name: str, tokens: Sequence[int]) -> list[int]:
-    """Token ids as a list of Python ints >= 0, checked."""
-    ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-    return [check_int(op, f"{name}[{i}]", token) for i, token in enumerate(ids)]

@@ -9,6 +9,9 @@ A policy that follows a rule may also have `visible(target_segment, segments) ->
 that a target segment sees, as in `streamkernels.core.spans`: segment 0 of the source is the prompt, of the target the
 header. The session uses it for the header, whose rows but the last see `visible(0, segments)` segments; without it
 they see all that has been read.
+
+A policy that looks at `state.logits` or `state.ending` each time may say so by an attribute `predicts = True`: the
+prediction is then there before it is asked, and in a batch its forward is shared with the other sessions.
 """
 
 from __future__ import annotations
@@ -121,13 +124,15 @@ class ReadAll:
 class Threshold:
     """Write while `score(state) >= threshold`, otherwise read on. `score` is the user's, a float; NaN is refused.
 
+    predicts: whether the score always looks at the logits.
+
     >>> confident = Threshold(lambda state: state.logits.softmax(-1).max().item(), 0.7)
     """
 
-    def __init__(self, score: Callable[[State], float], threshold: float) -> None:
+    def __init__(self, score: Callable[[State], float], threshold: float, *, predicts: bool = False) -> None:
         if not callable(score):
             refuse("Threshold", "score", "a callable from State to float", score, TypeError)
-        self.score = score
+        self.score, self.predicts = score, predicts
         self.threshold = check_number("Threshold", "threshold", threshold)
 
     def __call__(self, state: State) -> Action:

@@ -35,9 +35,10 @@ from typing import Any
 import torch
 
 from ..core.shapes import check_int, refuse
-from .loop import END, Loop, Settings, Stream, token_ids
+from .loop import END, Loop, SessionMark
 from .policies import Policy
-from .protocols import Codec, StreamModel
+from .protocols import Codec, Decoder, StreamModel
+from .state import Settings, Stream, token_ids
 from .trace import Counts, Event, event_record, re_encoding_cost
 
 __all__ = ["Codec", "Session", "StreamModel"]
@@ -48,7 +49,8 @@ class Session:
 
     model: a `StreamModel`; it is reset, and nobody else steps it meanwhile. policy: see `streaming.policies`. header:
     the target tokens before the text, at least one: its last row predicts the first token. prompt, source_end: source
-    tokens before the first and after the last word. sample: logits [vocab] -> token, default greedy.
+    tokens before the first and after the last word. sample: logits [vocab] -> token, default greedy. decoder: chooses
+    tokens instead, stops the text and hears of every token (`Decoder`).
     max_target_tokens: the text is cut there. max_word_tokens: a word is closed there, so that a model that writes no
     boundary reads on. clock: seconds.
 
@@ -68,6 +70,7 @@ class Session:
         prompt: Sequence[int] = (),
         source_end: Sequence[int] = (),
         sample: Callable[[torch.Tensor], int] | None = None,
+        decoder: Decoder | None = None,
         max_target_tokens: int = 1024,
         max_word_tokens: int = 50,
         clock: Callable[[], float] = time.perf_counter,
@@ -79,10 +82,13 @@ class Session:
             prompt=token_ids("Session", "prompt", prompt),
             source_end=token_ids("Session", "source_end", source_end),
             sample=sample,
+            decoder=decoder,
             max_target_tokens=check_int("Session", "max_target_tokens", max_target_tokens, minimum=1),
             max_word_tokens=check_int("Session", "max_word_tokens", max_word_tokens, minimum=1),
             clock=clock,
         )
+        if sample is not None and decoder is not None:
+            refuse("Session", "sample", "None beside a decoder, which chooses the tokens", sample)
         if not self._settings.header:
             refuse("Session", "header", "at least one token, whose row predicts the first word", "none")
         self.model, self.codec, self.policy = model, codec, policy
@@ -100,12 +106,12 @@ class Session:
         read all the same). Raises ValueError for a blank word, after `end()` and after the text has ended; TypeError
         for anything but a string.
         """
-        self._loop.hand_over(word, flush)
+        self._loop.drive(self._loop.hand_over(word, flush))
         return list(self._deliver())
 
     def end(self, *, flush: bool = False) -> list[Event]:
         """Say that no word follows. Raises ValueError when said twice, and after the text has ended."""
-        self._loop.hand_over(END, flush)
+        self._loop.drive(self._loop.hand_over(END, flush))
         return list(self._deliver())
 
     def write(self) -> list[Event]:
@@ -115,7 +121,7 @@ class Session:
         """
         if not self._stream.handed:
             refuse("Session.write", "source", "a word, or end(), before anything is written", "none")
-        while self._loop.advance():
+        while self._loop.drive(self._loop.advance()):
             pass
         return list(self._deliver())
 
@@ -126,11 +132,28 @@ class Session:
         """
         source = iter(words)
         while not self._stream.done:
-            while self._loop.advance():
+            while self._loop.drive(self._loop.advance()):
                 yield from self._deliver()
             if not self._stream.done:
-                self._loop.hand_over(next(source, END), flush)
+                self._loop.drive(self._loop.hand_over(next(source, END), flush))
             yield from self._deliver()
+
+    def cancel(self) -> list[Event]:
+        """End the text here: what was handed over and not read is dropped, the cache stays as it is until `reset()`."""
+        self._loop.cancel()
+        return list(self._deliver())
+
+    def mark(self) -> SessionMark:
+        """A point to `rollback` to: O(tokens) on the host, nothing on the device."""
+        return self._loop.mark()
+
+    def rollback(self, mark: SessionMark) -> None:
+        """Forget everything since the mark, which stays usable; the source words handed over since are to come again.
+
+        The last target token that was fed then is fed again. Counts go on. Raises ValueError for a mark of another
+        text, or one made after a mark that was rolled back to.
+        """
+        self._loop.rollback(mark)
 
     @property
     def text(self) -> str:

@@ -35,7 +35,8 @@ class Write:
 
 @dataclass(frozen=True)
 class End:
-    """The text ended: `reason` is 'end' (the model said so) or 'length' (max_target_tokens)."""
+    """The text ended: `reason` is 'end' (the model said so), 'length' (max_target_tokens), 'stop' (the decoder said so)
+    or 'cancelled'."""
 
     reason: str
     time: float

@@ -7,10 +7,11 @@ import itertools
 from random import Random
 
 import pytest
-from layout import ceiling, seen
-from writing import BEFORE_MONTH, LABELS, write
 
 pytest.importorskip("num2words")
+from layout import ceiling, seen  # noqa: E402
+from writing import BEFORE_MONTH, LABELS, write  # noqa: E402
+
 entities = pytest.importorskip("entities")
 generator = pytest.importorskip("generator")
 

@@ -135,7 +135,8 @@ def test_training_learns_and_streams_what_it_learned() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
-    model.eval()
+    # in fp64 no two tokens are so close that a batch and a session, which sum in another order, choose differently
+    model.eval().double()
     check = list({sample.spoken: sample for sample in (draw() for _ in range(40))}.values())
     outcomes = set()
     for k in (1, 3, None):

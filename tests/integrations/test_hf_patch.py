@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import DynamicCache, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import streamkernels as sk
 from streamkernels.integrations.transformers import GroupedCache
@@ -150,17 +150,9 @@ def test_patch_refuses(tiny, monkeypatch):
             sk.patch(model)
         assert state_of(model) == before
 
-    mistral = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=9,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
-    refused(mistral, NotImplementedError, "MistralForCausalLM")
+    sizes = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    gemma = GemmaForCausalLM(GemmaConfig(**sizes, num_key_value_heads=1, head_dim=8, pad_token_id=0))
+    refused(gemma, NotImplementedError, "GemmaForCausalLM")
     with pytest.raises(NotImplementedError, match="Linear"):
         sk.patch(nn.Linear(2, 2))
     for rope, more in (
@@ -180,7 +172,10 @@ def test_patch_refuses(tiny, monkeypatch):
             NotImplementedError,
             f"'{rope}'",
         )
-    refused(tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0), NotImplementedError, "sliding window")
+    turned = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    refused(tiny("llama", rope_parameters=turned), NotImplementedError, "half as many rotary frequencies")
+    with pytest.raises(ValueError, match="window: expected 'position' or 'index'"):
+        sk.patch(tiny(), window="tokens")
     refused(tiny("llama", head_dim=12), NotImplementedError, "head dim that is a multiple of 8")
 
     class Own(LlamaForCausalLM):

@@ -39,27 +39,6 @@ def bpe(space):
     )
 
 
-def recorded(session):
-    """Keep the logits of every committed target row, as the session's model returned them."""
-    model, rows, staged = session.model, [], []
-    step, commit, pop = model.step, model.commit, model.pop
-
-    def record_step(source, target, limits):
-        staged[:] = step(source, target, limits)
-        return torch.stack(staged) if staged else torch.empty(0)
-
-    def record_commit():
-        commit()
-        rows.extend(staged)
-
-    def record_pop(n):
-        pop(n)
-        del rows[len(rows) - n :]
-
-    model.step, model.commit, model.pop = record_step, record_commit, record_pop
-    return rows
-
-
 def never_end(logits):
     """Greedy, but the text goes on: a random model may end at once."""
     return int(logits[2:].argmax()) + 2
@@ -81,7 +60,7 @@ SESSIONS = [
 
 
 @pytest.mark.parametrize("family, dtype, kind, policy, offset", SESSIONS)
-def test_a_session_equals_one_shot(tiny, family, dtype, kind, policy, offset, close, one_shot):
+def test_a_session_equals_one_shot(tiny, family, dtype, kind, policy, offset, close, one_shot, recorded):
     tokenizer = ByT5Tokenizer() if kind == "byte" else bpe(kind)
     model = tiny(family, dtype=dtype, vocab=384 if kind == "byte" else 120)
     pieces = (
@@ -127,7 +106,7 @@ def test_live_use_counts_every_source_token_once(tiny):
         assert counts.target_tokens_projected - counts.extra_forwards == int(session.cache.stream.length(0)[0, 1])
 
 
-def test_a_failing_forward_leaves_nothing_half_done(tiny, close):
+def test_a_failing_forward_leaves_nothing_half_done(tiny, close, recorded):
     model, tokenizer = tiny(vocab=384), ByT5Tokenizer()
     results = []
     for fail in (False, True):
@@ -209,7 +188,7 @@ def test_the_patch_lives_as_long_as_it_is_needed(tiny):
     assert handle_of(model) is None
 
 
-def test_a_bounded_cache(tiny, close):
+def test_a_bounded_cache(tiny, close, recorded):
     model, tokenizer, W, sinks = tiny(vocab=384), ByT5Tokenizer(), 12, 2
     cache = GroupedCache.for_model(model, window=W, sinks=sinks, max_chunk=16, capacity=8)
     header = {"header": [7], "cache": cache, "sample": never_end}

@@ -49,7 +49,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     traps = ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
     defines = ['-DSK_VERSION="host"', '-DSK_ARCHITECTURES="host"']
     folders = [ROOT / "csrc", ROOT / "csrc" / "include", host, pybind11.get_include(), sysconfig.get_path("include")]
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted(host.glob("*.cpp"))]
+    csrc = ROOT / "csrc"
+    sources = [csrc / "bindings.cpp", csrc / "incremental_prefill" / "call.cpp", *sorted(host.glob("*.cpp"))]
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *traps, *defines]
     done = subprocess.run(
         [*command, *(f"-I{f}" for f in folders), *map(str, sources), "-o", str(out)], capture_output=True, text=True

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from streamkernels import _ext
 from streamkernels.backends import cuda
-from streamkernels.core.slots import slot
+from streamkernels.core.slots import slot, stream_index
+from streamkernels.reference import incremental_prefill as prefill
 from streamkernels.reference import rotate_append as reference
 from streamkernels.testing.compare import assert_accurate
 
@@ -225,6 +226,82 @@ def test_plans_cover_every_row_and_keep_counting_cheap(native: ctypes.CDLL) -> N
         if has_role and width == 8 and D == 128 and HK == 8 and T >= 8192:
             # a block reads at most one byte of roles for every 16 bytes that it moves
             assert T * 16 <= 4 * rows * heads * D * 2
+
+
+def prefill_sessions() -> list[tuple[dict[str, int | tuple[int, int]], Tensor]]:
+    """Random sessions of `incremental_prefill`: sizes, and rows [T, 4] of (role, limit, source begin, target begin)."""
+    random = torch.Generator().manual_seed(5)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=random))
+
+    found = []
+    for i in range(400):
+        T = draw(1, 40)
+        length = (draw(0, 300), draw(0, 300))
+        ring = i % 3 == 0
+        window = (draw(1, 60) if ring else 0, draw(1, 60) if ring and i % 2 else 0)
+        ring_sinks = draw(0, 5) if ring else 0
+        sinks = tuple(draw(0, ring_sinks + 1 if w else 70) for w in window)
+        capacity = tuple(
+            ring_sinks + w + T - 1 + draw(0, 9) if w else max(0, n + draw(-3, T + 9))
+            for w, n in zip(window, length, strict=True)
+        )
+        roles = torch.randint(-1, 2, (T,), generator=random) if i % 4 else torch.full((T,), draw(0, 2))
+        far = draw(0, 2) * 2**31
+        columns = [torch.randint(-5 - far, 330 + far, (T,), generator=random).clamp(-(2**31), 2**31 - 1) for _ in "lbb"]
+        rows = torch.stack([roles, *columns], 1).int()
+        sizes = dict(T=T, length=length, window=window, ring_sinks=ring_sinks, sinks=sinks, capacity=capacity)
+        found.append((sizes, rows))
+    return found
+
+
+@pytest.mark.parametrize("keys", [32, 128])
+def test_prefill_plans_see_what_the_reference_sees(native: ctypes.CDLL, keys: int) -> None:
+    """What each row sees is what the reference says, and every old key that a row sees lies in exactly one tile."""
+    for sizes, rows in prefill_sessions():
+        T, length, window, ring = sizes["T"], sizes["length"], sizes["window"], sizes["ring_sinks"]
+        flat = [x for s in (0, 1) for x in (sizes["capacity"][s], sizes["sinks"][s], window[s])]
+        inputs = (ctypes.c_int * 11)(*flat, ring, *length, T, keys)
+        out, sights = (ctypes.c_int * 17)(), (ctypes.c_int * (4 * T))()
+        native.session_of(inputs, (ctypes.c_int * (4 * T))(*rows.flatten().tolist()), out, sights)
+        role, limit, *begins = rows[None].unbind(-1)
+        placed = prefill.place_rows(torch.tensor([length]), role.to(torch.int8), 0, T)
+        least = [max(n, ring if w else 0) for n, w in zip(sizes["sinks"], window, strict=True)]
+        want = prefill.sights(placed, limit, (begins[0], begins[1]), (least[0], least[1]), window)
+        steps = 0
+        for s in (0, 1):
+            total, held, _, _, sinks, sink_tiles, first, tiles = out[8 * s : 8 * s + 8]
+            steps += sink_tiles + tiles
+            C = sizes["capacity"][s]
+            slots = torch.arange(C)
+            index = stream_index(slots, placed.total[s][:, None], C, ring, window[s] > 0)
+            seen = torch.zeros(T, total + keys, dtype=torch.bool)
+            visible = want[s].sees(index, slice(0, T))[0]
+            held_here = index[0] >= 0
+            seen[:, index[0, held_here]] = visible[:, held_here]
+            j = torch.arange(total + keys)
+            got = torch.tensor([sights[4 * t + 2 * s : 4 * t + 2 * s + 2] for t in range(T)])
+            ours = (j < got[:, 1:]) & ((j >= got[:, :1]) | (j < sinks))
+            assert torch.equal(ours, seen), (sizes, s)
+            covered = torch.zeros(total + 2 * keys, dtype=torch.int)
+            for tile in [*range(sink_tiles), *range(first, first + tiles)]:
+                covered[tile * keys : (tile + 1) * keys] += 1
+            assert (covered <= 1).all() and covered[: held].bool()[seen[:, :held].any(0)].all(), (sizes, s)
+        assert out[16] == max(1, steps + (0 if T <= 32 else -(-T // keys)))
+
+
+def test_prefill_shares_cover_every_step(native: ctypes.CDLL) -> None:
+    out = (ctypes.c_int * 2)()
+    for items, steps, workers, smallest in itertools.product(
+        (1, 4, 8, 28, 112, 900), (1, 2, 7, 9, 33, 512, 16384), (14, 30, 66, 132), (0, 1, 3)
+    ):
+        native.shares_of(items, steps, workers, smallest, out)
+        each, share = out
+        assert share >= 1 and share * workers >= items * (each or steps) and each % share == 0
+        assert each == 0 or steps <= each < steps + share
+        # no more than a few steps longer than it has to be
+        assert share <= max(-(-items * steps // workers), 2 << smallest) + 4, (items, steps, workers)
 
 
 def test_bindings_name_what_is_wrong(extension: ModuleType) -> None:

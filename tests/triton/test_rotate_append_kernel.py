@@ -149,9 +149,10 @@ def test_the_ring_wraps_behind_its_sinks(roles):
 
 
 def test_long_mixed_chunks_are_counted_ahead(monkeypatch):
-    """Calls longer than one counting step (2048 rows): forced on a short one by a tile that counts 16."""
+    """Calls longer than one counting step (2048 rows): forced on a short one by a step of 16."""
     from streamkernels.triton_kernels.rotate_append import tiles
 
-    monkeypatch.setattr(tiles, "tile", lambda row_bytes: tiles.Tile(block_t=8, num_warps=4, count=16))
+    monkeypatch.setattr(tiles, "COUNT", 16)
+    monkeypatch.setattr(tiles, "tile", lambda row_bytes: tiles.Tile(block_t=8, num_warps=4))
     role = torch.randint(-1, 2, (2, 300), dtype=torch.int8)
     same(make(HK=3, T=300, D=8, rotary_dim=8, capacity=(350, 350)), torch.float32, length=[[3, 5], [0, 9]], role=role)

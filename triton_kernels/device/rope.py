@@ -63,3 +63,47 @@ def rotate_rows(
         rest = ROTARY + tl.arange(0, BLOCK_REST)[None, :]
         mask = inside & (rest < D)
         tl.store(target + rest, tl.load(source + rest, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def load_rotated(
+    x, cos, sin, mask,
+    D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Rows rotated by their angles (BACK: by the negative angles) -> fp32 [ROWS, BLOCK_D], zeros beyond D.
+
+    x, cos, sin: pointers [ROWS, 1] to each row's begin; mask: bool [ROWS, 1]. Of partial rotary dims the rest is passed
+    through.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = BLOCK_D // 2
+    d = tl.arange(0, BLOCK_D)[None, :]
+    half = tl.arange(0, HALF)[None, :]
+    if ROTARY == 0:
+        return tl.load(x + d, mask=mask & (d < D), other=0.0).to(tl.float32)
+    elif INTERLEAVED:
+        # pairs beyond the rotary dims turn by no angle
+        turns = mask & (half < ROTARY // 2)
+        c = tl.load(cos + half, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + half, mask=turns, other=0.0).to(tl.float32)
+        s = -s if BACK else s
+        rows = tl.load(x + d, mask=mask & (d < D), other=0.0).to(tl.float32)
+        return rotate_interleaved(rows, c, s, ROWS, HALF)
+    elif ROTARY == BLOCK_D:
+        c = tl.load(cos + half, mask=mask, other=1.0).to(tl.float32)
+        s = tl.load(sin + half, mask=mask, other=0.0).to(tl.float32)
+        s = -s if BACK else s
+        first = tl.load(x + half, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x + half + HALF, mask=mask, other=0.0).to(tl.float32)
+        first, second = rotate_halves(first, second, c, s)
+        return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [ROWS, BLOCK_D])
+    else:
+        # pairs that straddle the padded tile: every dim looks for its partner
+        turns = mask & (d < ROTARY)
+        lower = d < ROTARY // 2
+        c = tl.load(cos + tl.where(lower, d, d - ROTARY // 2), mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + tl.where(lower, d, d - ROTARY // 2), mask=turns, other=0.0).to(tl.float32)
+        s = tl.where(lower, s, -s) if BACK else tl.where(lower, -s, s)
+        rows = tl.load(x + d, mask=mask & (d < D), other=0.0).to(tl.float32)
+        partner = tl.load(x + tl.where(lower, d + ROTARY // 2, d - ROTARY // 2), mask=turns, other=0.0).to(tl.float32)
+        return rows * c + partner * s

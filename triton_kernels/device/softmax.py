@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# log2(e) is LOG2E rounded to fp32, plus this
+LOG2E_REST = tl.constexpr(1.925963033500e-8)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -23,7 +25,11 @@ def power(x, PRECISION: tl.constexpr):
     scaling a log
     by log2(e) and back would lose digits that plain PyTorch keeps."""
     if PRECISION == "ieee":
-        return tl.exp(x)
+        # the GPU's exp is exp2(x log2(e)) with a rounded product: what the rounding lost comes back as a factor
+        x = tl.where(x < -150.0, -150.0, x)
+        y = x * LOG2E
+        lost = tl.fma(x, LOG2E, -y) + x * LOG2E_REST
+        return tl.exp2(y) * (1.0 + lost * LN2)
     else:
         return tl.exp2(x)
 

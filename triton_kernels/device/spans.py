@@ -14,6 +14,31 @@ def sees(begin, end, j):
 
 
 @triton.jit
+def row_span(bounds, t, T, S, slot, N: tl.constexpr):
+    """begin, end [BLOCK_T] of one slot, end clipped to S: bounds int32 [T, N, 2] of one sample; rows beyond T are
+    empty."""
+    at = bounds + (t.to(tl.int64) * N + slot) * 2
+    return tl.load(at, mask=t < T, other=0), tl.minimum(tl.load(at + 1, mask=t < T, other=0), S)
+
+
+@triton.jit
+def times_seen(
+    bounds, t, T, S, j, kept, N: tl.constexpr, RULES: tl.constexpr, RULE: tl.constexpr, OR_RULE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_S, BLOCK_T]: in how many slots of one of two rules each row sees each key."""
+    times = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+    for slot in tl.static_range(N):
+        if (RULES >> (2 * slot)) & 3 == RULE or (RULES >> (2 * slot)) & 3 == OR_RULE:
+            low, high = row_span(bounds, t, T, S, slot, N)
+            here = sees(low[None, :], high[None, :], j[:, None])
+            if (RULES >> (2 * slot)) & 3 == 3:
+                here = here & kept[:, None]
+            times += here.to(tl.float32)
+    return times
+
+
+@triton.jit
 def slot_hull(row_blocks, block, blocks, SLOT: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr):
     """What one slot shows to a tile of rows: (begin, length) of the hull, and most begin, least end of the rows' spans.
 

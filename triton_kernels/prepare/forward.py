@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["T", "S", "TB"])
+@triton.jit(do_not_specialize=["T", "S", "TB"], do_not_specialize_on_alignment=["bounds"])
 def row_blocks_kernel(bounds, row_blocks, T, S, TB, N: tl.constexpr):
     """bounds int32 [B, T, N, 2] -> row_blocks int32 [B, TB, N, 4]; grid (TB, B)."""
     block = tl.program_id(0)

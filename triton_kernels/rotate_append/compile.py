@@ -42,8 +42,9 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
         signature = {n: _type(n, dtype, constexprs) for n in rotate_append_kernel.arg_names}
         name = f"D={D} rotary={rotary_dim} {dtype} {' '.join(feature).lower()}".strip()
         yield name, rotate_append_kernel, signature, constexprs, options
-    signature = {n: _type(n, "bf16", {"COUNT": 2048}) for n in count_chunks_kernel.arg_names}
-    yield "count chunks", count_chunks_kernel, signature, {"COUNT": 2048}, {"num_warps": 4}
+    constexprs = {"COUNT": tiles.COUNT}
+    signature = {n: _type(n, "bf16", constexprs) for n in count_chunks_kernel.arg_names}
+    yield "count chunks", count_chunks_kernel, signature, constexprs, {"num_warps": 4}
 
 
 def _type(argument: str, dtype: str, constexprs: dict[str, Any]) -> str:

@@ -14,23 +14,26 @@ from ..device.rope import rotate_halves, rotate_interleaved
 
 
 @triton.jit
-def store_row(
+def store_rows(
     source,
     target,
     source_offset,
     target_offset,
     x,
     mask,
-    to_source,
-    to_target,
+    is_source,
     HAS_ROLE: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """Store tile x [BLOCK_T, n]; rows of a mixed call go to one of two segments, so two predicated stores."""
-    if HAS_ROLE or SEGMENT == 0:
-        tl.store(source + source_offset, x.to(source.dtype.element_ty), mask=mask & to_source)
-    if HAS_ROLE or SEGMENT == 1:
-        tl.store(target + target_offset, x.to(target.dtype.element_ty), mask=mask & to_target)
+    """Store tile x [BLOCK_T, n] at the offsets of each row's own segment: in a mixed call the address is chosen, so
+    that there is one store, not two of which each writes about half."""
+    if HAS_ROLE:
+        at = tl.where(is_source, source + source_offset, target + target_offset)
+    elif SEGMENT == 0:
+        at = source + source_offset
+    else:
+        at = target + target_offset
+    tl.store(at, x.to(source.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
@@ -76,16 +79,41 @@ def rotate_append_kernel(
     row = t.to(tl.int64)[:, None]
     inside = t < T
 
-    # the index of each row in its segment: committed length + earlier rows of its role in this call
+    # all loads come before the roles are counted, which they need not wait for
     if HAS_ROLE:
         r = tl.load(role + b * role_b + t.to(tl.int64) * role_t, mask=inside, other=-1)
+    here = inside[:, None]
+    half = tl.arange(0, BLOCK_HALF)[None, :]
+    pair = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+    upper = half + ROTARY // 2
+    rest = ROTARY + tl.arange(0, BLOCK_REST)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    from_k = k + b * k_b + head * k_h + row * k_t
+    from_v = v + b * v_b + head * v_h + row * v_t
+    # [BLOCK_T, D]
+    values = tl.load(from_v + d, mask=here & (d < D), other=0.0)
+    if ROTARY > 0:
+        angles = here & (half < ROTARY // 2)
+        if INTERLEAVED:
+            x = tl.load(from_k + pair, mask=here & (pair < ROTARY), other=0.0)
+        else:
+            x = tl.load(from_k + half, mask=angles, other=0.0)
+            y = tl.load(from_k + upper, mask=angles, other=0.0)
+        c = tl.load(cos + b * cos_b + row * cos_t + half, mask=angles, other=0.0).to(tl.float32)
+        s = tl.load(sin + b * sin_b + row * sin_t + half, mask=angles, other=0.0).to(tl.float32)
+    if ROTARY < D:
+        z = tl.load(from_k + rest, mask=here & (rest < D), other=0.0)
+
+    # the index of each row in its segment: committed length + earlier rows of its role in this call
+    if HAS_ROLE:
         is_source, is_target = r == 0, r == 1
         chunk = start // COUNT
-        before_source, before_target = count_roles(role + b * role_b, chunk * COUNT, start, role_t, COUNT)
+        before_source, before_target = 0, 0
         if HAS_COUNTS:
-            earlier_source, earlier_target = sum_counts(counts + b * tl.cdiv(T, COUNT) * 2, chunk, 64)
-            before_source += earlier_source
-            before_target += earlier_target
+            before_source, before_target = sum_counts(counts + b * tl.cdiv(T, COUNT) * 2, chunk, 64)
+        sources, targets = count_roles(role + b * role_b, chunk * COUNT, start, role_t, COUNT)
+        before_source += sources
+        before_target += targets
         source_rank = before_source + tl.cumsum(is_source.to(tl.int32), 0) - 1
         target_rank = before_target + tl.cumsum(is_target.to(tl.int32), 0) - 1
     else:
@@ -102,73 +130,24 @@ def rotate_append_kernel(
         tl.atomic_or(status, full)
     written = (to_source | to_target)[:, None]
     to_source = to_source[:, None]
-    to_target = to_target[:, None]
-    source_slot = source_slot[:, None]
-    target_slot = target_slot[:, None]
 
-    half = tl.arange(0, BLOCK_HALF)[None, :]
-    pair = tl.arange(0, 2 * BLOCK_HALF)[None, :]
-    rest = ROTARY + tl.arange(0, BLOCK_REST)[None, :]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    if ROTARY > 0:
-        angles = written & (half < ROTARY // 2)
-        c = tl.load(cos + b * cos_b + row * cos_t + half, mask=angles, other=0.0).to(tl.float32)
-        s = tl.load(sin + b * sin_b + row * sin_t + half, mask=angles, other=0.0).to(tl.float32)
-
-    from_k = k + b * k_b + head * k_h + row * k_t
-    from_v = v + b * v_b + head * v_h + row * v_t
-    at_sk = b * sk_b + head * sk_h + source_slot * sk_t
-    at_tk = b * tk_b + head * tk_h + target_slot * tk_t
-    # [BLOCK_T, D]
-    values = tl.load(from_v + d, mask=written & (d < D), other=0.0)
+    at_sk = b * sk_b + head * sk_h + source_slot[:, None] * sk_t
+    at_tk = b * tk_b + head * tk_h + target_slot[:, None] * tk_t
+    at_sv = b * sv_b + head * sv_h + source_slot[:, None] * sv_t + d
+    at_tv = b * tv_b + head * tv_h + target_slot[:, None] * tv_t + d
+    store_rows(source_v, target_v, at_sv, at_tv, values, written & (d < D), to_source, HAS_ROLE, SEGMENT)
+    # fmt: off
     if ROTARY > 0:
         if INTERLEAVED:
-            x = tl.load(from_k + pair, mask=written & (pair < ROTARY), other=0.0).to(tl.float32)
-            x = rotate_interleaved(x, c, s, BLOCK_T, BLOCK_HALF)
-            store_row(
-                source_k,
-                target_k,
-                at_sk + pair,
-                at_tk + pair,
-                x,
-                pair < ROTARY,
-                to_source,
-                to_target,
-                HAS_ROLE,
-                SEGMENT,
-            )
+            x = rotate_interleaved(x.to(tl.float32), c, s, BLOCK_T, BLOCK_HALF)
+            store_rows(source_k, target_k, at_sk + pair, at_tk + pair, x, written & (pair < ROTARY), to_source,
+                       HAS_ROLE, SEGMENT)
         else:
-            first = tl.load(from_k + half, mask=angles, other=0.0).to(tl.float32)
-            second = tl.load(from_k + half + ROTARY // 2, mask=angles, other=0.0).to(tl.float32)
-            first, second = rotate_halves(first, second, c, s)
-            upper = half + ROTARY // 2
-            store_row(
-                source_k,
-                target_k,
-                at_sk + half,
-                at_tk + half,
-                first,
-                half < ROTARY // 2,
-                to_source,
-                to_target,
-                HAS_ROLE,
-                SEGMENT,
-            )
-            store_row(
-                source_k,
-                target_k,
-                at_sk + upper,
-                at_tk + upper,
-                second,
-                half < ROTARY // 2,
-                to_source,
-                to_target,
-                HAS_ROLE,
-                SEGMENT,
-            )
+            x, y = rotate_halves(x.to(tl.float32), y.to(tl.float32), c, s)
+            mask = written & (half < ROTARY // 2)
+            store_rows(source_k, target_k, at_sk + half, at_tk + half, x, mask, to_source, HAS_ROLE, SEGMENT)
+            store_rows(source_k, target_k, at_sk + upper, at_tk + upper, y, mask, to_source, HAS_ROLE, SEGMENT)
     if ROTARY < D:
-        x = tl.load(from_k + rest, mask=written & (rest < D), other=0.0)
-        store_row(source_k, target_k, at_sk + rest, at_tk + rest, x, rest < D, to_source, to_target, HAS_ROLE, SEGMENT)
-    at_sv = b * sv_b + head * sv_h + source_slot * sv_t + d
-    at_tv = b * tv_b + head * tv_h + target_slot * tv_t + d
-    store_row(source_v, target_v, at_sv, at_tv, values, d < D, to_source, to_target, HAS_ROLE, SEGMENT)
+        store_rows(source_k, target_k, at_sk + rest, at_tk + rest, z, written & (rest < D), to_source, HAS_ROLE,
+                   SEGMENT)
+    # fmt: on

@@ -20,7 +20,7 @@ def meta(D: int, rotary_dim: int, choice: tiles.Tile) -> dict[str, int]:
         "BLOCK_HALF": power(max(rotary_dim // 2, 1)),
         "BLOCK_REST": power(max(D - rotary_dim, 1)),
         "BLOCK_D": power(D),
-        "COUNT": choice.count,
+        "COUNT": tiles.COUNT,
         "num_warps": choice.num_warps,
     }
 
@@ -57,8 +57,8 @@ def rotate_append(
             sin.stride(0) if sin.shape[0] > 1 else 0, sin.stride(1),
         )  # fmt: skip
     with torch.cuda.device_of(k):
-        long = role is not None and T > choice.count
-        counts = _count_chunks(role, choice.count) if role is not None and long else status
+        long = role is not None and T > tiles.COUNT
+        counts = _count_chunks(role) if role is not None and long else status
         rotate_append_kernel[(triton.cdiv(T, choice.block_t) * HK, B)](
             k, v, cos, sin, source_k, source_v, target_k, target_v,
             length, status, status if role is None else role, counts,
@@ -72,9 +72,9 @@ def rotate_append(
         )  # fmt: skip
 
 
-def _count_chunks(role: torch.Tensor, count: int) -> torch.Tensor:
+def _count_chunks(role: torch.Tensor) -> torch.Tensor:
     B, T = role.shape
-    chunks = triton.cdiv(T, count)
+    chunks = triton.cdiv(T, tiles.COUNT)
     counts = torch.empty((B, chunks, 2), dtype=torch.int32, device=role.device)
-    count_chunks_kernel[(chunks, B)](role, counts, T, chunks, *role.stride(), COUNT=count, num_warps=4)
+    count_chunks_kernel[(chunks, B)](role, counts, T, chunks, *role.stride(), COUNT=tiles.COUNT, num_warps=4)
     return counts

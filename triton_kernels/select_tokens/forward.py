@@ -1,8 +1,8 @@
-"""select_tokens: the entries of a row that pass a threshold, or the best `limit` of them, in order; one program a row.
+"""select_tokens: the entries of a row that pass a threshold, or the best `limit` of them, in order.
 
-The limit is found by radix selection, four passes over the row with a histogram of 256 values of one byte each, then
-one pass writes what stands above the cut and the first of those on it. A row of 46080 scores is 180 KB: after the
-first pass it comes from the L2.
+Grid (steps of a row, B), and nothing passes between programs: each counts what the steps before its own keep, and finds
+the cut of a limit for itself, by radix selection, eight passes over the row with a histogram of the 16 values of four
+bits. A row of 46080 scores is 180 KB: after the first pass it comes from the L2.
 """
 
 import triton
@@ -31,21 +31,21 @@ def load_entries(scores, start, stride, count, threshold, THRESHOLD: tl.constexp
 def find_cut(scores, stride, count, threshold, limit, THRESHOLD: tl.constexpr, LARGEST: tl.constexpr,
              BLOCK: tl.constexpr):  # fmt: skip
     """(cut, room): all keys above `cut` and the first `room` keys equal to it are the best `limit` entries."""
-    byte = tl.arange(0, 256)
+    value = tl.arange(0, 16)
     cut = tl.full([], 0, tl.uint32)
     room = limit
-    for step in tl.static_range(4):
-        histogram = tl.zeros([256], tl.int32)
+    for step in tl.static_range(8):
+        histogram = tl.zeros([16], tl.int32)
         for start in tl.range(0, count, BLOCK):
             fits, key = load_entries(scores, start, stride, count, threshold, THRESHOLD, LARGEST, BLOCK)
             if step > 0:
-                fits = fits & ((key >> (32 - 8 * step)) == cut)
-            digits = ((key >> (24 - 8 * step)) & 255).to(tl.int32)
-            histogram += tl.histogram(digits, 256, mask=fits)
+                fits = fits & ((key >> (32 - 4 * step)) == cut)
+            digits = ((key >> (28 - 4 * step)) & 15).to(tl.int32)
+            histogram += tl.histogram(digits, 16, mask=fits)
         at_least = tl.cumsum(histogram, 0, reverse=True)
-        digit = tl.max(tl.where(at_least >= room, byte, 0), 0)
-        room -= tl.sum(tl.where(byte > digit, histogram, 0), 0)
-        cut = cut * 256 + digit.to(tl.uint32)
+        digit = tl.max(tl.where(at_least >= room, value, 0), 0)
+        room -= tl.sum(tl.where(value > digit, histogram, 0), 0)
+        cut = cut * 16 + digit.to(tl.uint32)
     return cut, room
 
 
@@ -62,7 +62,7 @@ def select_tokens_kernel(
     THRESHOLD: tl.constexpr, LIMIT: tl.constexpr, LARGEST: tl.constexpr, HAS_INDEX: tl.constexpr,
     HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
     scores += b * scores_b
     index += b * index_b
     kept += b * width
@@ -71,23 +71,33 @@ def select_tokens_kernel(
         entries = tl.minimum(K, tl.load(count + b * count_b))
     if LIMIT:
         cut, room = find_cut(scores, scores_k, entries, threshold, limit, THRESHOLD, LARGEST, BLOCK)
-    taken = 0
-    ties = 0
-    for start in tl.range(0, entries, BLOCK):
+    # what this program's step keeps stands behind what earlier ones keep, which it counts itself
+    own = tl.program_id(0) * BLOCK
+    over = tl.zeros([BLOCK], tl.int32)
+    level = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, tl.minimum(own, entries), BLOCK):
         fits, key = load_entries(scores, start, scores_k, entries, threshold, THRESHOLD, LARGEST, BLOCK)
-        keep = fits
         if LIMIT:
-            tie = (fits & (key == cut)).to(tl.int32)
-            keep = fits & ((key > cut) | ((tie > 0) & (ties + tl.cumsum(tie, 0) <= room)))
-            ties += tl.sum(tie, 0)
-        ones = keep.to(tl.int32)
-        i = start + tl.arange(0, BLOCK)
-        name = i
-        if HAS_INDEX:
-            name = tl.load(index + i.to(tl.int64) * index_k, mask=keep, other=-1)
-        tl.store(kept + taken + tl.cumsum(ones, 0) - 1, name, mask=keep)
+            over += (fits & (key > cut)).to(tl.int32)
+            level += (fits & (key == cut)).to(tl.int32)
+        else:
+            over += fits.to(tl.int32)
+    taken = tl.sum(over, 0)
+    keep, key = load_entries(scores, own, scores_k, entries, threshold, THRESHOLD, LARGEST, BLOCK)
+    if LIMIT:
+        ties = tl.sum(level, 0)
+        taken += tl.minimum(ties, room)
+        tie = (keep & (key == cut)).to(tl.int32)
+        keep = keep & ((key > cut) | ((tie > 0) & (ties + tl.cumsum(tie, 0) <= room)))
+    i = own + tl.arange(0, BLOCK)
+    name = i
+    if HAS_INDEX:
+        name = tl.load(index + i.to(tl.int64) * index_k, mask=keep, other=-1)
+    ones = keep.to(tl.int32)
+    tl.store(kept + taken + tl.cumsum(ones, 0) - 1, name, mask=keep)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         taken += tl.sum(ones, 0)
-    tl.store(kept_count + b, taken)
-    for start in tl.range(taken, width, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        tl.store(kept + i, tl.full([BLOCK], -1, tl.int32), mask=i < width)
+        tl.store(kept_count + b, taken)
+        for start in tl.range(taken, width, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            tl.store(kept + i, tl.full([BLOCK], -1, tl.int32), mask=i < width)

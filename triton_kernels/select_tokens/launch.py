@@ -1,8 +1,9 @@
-"""Launch select_tokens: one kernel, one program per row, no synchronisation."""
+"""Launch select_tokens: one kernel, no synchronisation."""
 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from .forward import select_tokens_kernel
@@ -23,7 +24,7 @@ def select_tokens(
     cut = 0.0 if threshold is None else float(torch.tensor(threshold).to(scores.dtype))
     if B:
         with torch.cuda.device_of(scores):
-            select_tokens_kernel[(B,)](
+            select_tokens_kernel[(max(1, triton.cdiv(K, BLOCK)), B)](
                 scores, kept if index is None else index, kept if count is None else count, kept, kept_count,
                 cut, K, limit, width,
                 *scores.stride(), *((0, 0) if index is None else index.stride()),

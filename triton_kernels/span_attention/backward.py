@@ -12,12 +12,25 @@ has one writer and a fixed order of additions: deterministic without atomics.
 import triton
 import triton.language as tl
 
+from ..device.classes import class_of, rule_between, rules_towards
 from ..device.softmax import cap, from_natural, power
-from ..device.spans import PREPARED_BLOCK, hull_tiles, row_runs, sees, slot_hull, solid_tile, tile_is_whole
-from .forward import load_tile, row_span
+from ..device.spans import (
+    PREPARED_BLOCK,
+    hull_tiles,
+    row_runs,
+    row_span,
+    sees,
+    slot_hull,
+    solid_tile,
+    tile_is_whole,
+    times_seen,
+)
+from .classes import dq_classes, landing_key, value_of
+from .forward import LISTS, load_tile, program_rows
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "dlse_b", "dlse_h", "dlse_t"],
+            do_not_specialize_on_alignment=["lse", "dlse", "delta", "sink_gradient", "sink_logits"])  # fmt: skip
 def row_statistics_kernel(
     o, do,  # [B, H, T, D]
     lse, dlse,  # fp32 [B, H, T]
@@ -159,24 +172,24 @@ def dq_kept(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "K"])
+@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "K", "RC", "KC", "mass_n"],
+            do_not_specialize_on_alignment=["delta", *LISTS[:-1]])  # fmt: skip
 def dq_kernel(
     q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
     k_rows, v_rows,
     dq,  # [B, H, T, D]
     total, delta,  # fp32 [B, H, T]
-    mass,  # fp32 [N, B, H, T]: what each SINK slot moved to its sink key
-    bounds, row_blocks, sink_key, kept, kept_count,
-    inner, outer, scale, T, S, H, HK, TB, K,
+    mass,  # fp32 [N + 1, B, H, T]: what each SINK slot moved to its sink key, and last what classes moved to theirs
+    bounds, row_blocks, sink_key, kept, kept_count, key_class, row_class, class_rules, class_sink,
+    inner, outer, scale, T, S, H, HK, TB, K, RC, KC,
     k_b, k_h, k_s, v_b, v_h, v_s, dq_b, dq_h, dq_t, mass_n,
-    N: tl.constexpr, RULES: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, RULES: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
+    CLASSES: tl.constexpr, CLASS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0) // H
-    h = tl.program_id(0) % H
+    b, h, block = program_rows(H, T, BLOCK_T)
     hk = h // (H // HK)
     wide = b.to(tl.int64)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     bounds += wide * T * N * 2
@@ -188,8 +201,27 @@ def dq_kernel(
     less = tl.load(delta + at, mask=t < T, other=0.0)
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     none = tl.zeros([BLOCK_T], tl.float32)
+    if CLASSES:
+        own_class = class_of(row_class + wide * T, t, T, RC)
+        rules = rules_towards(class_rules, own_class * KC, 1, KC, CLASSES == 1)
+        by_class = none
     for slot in tl.static_range(N):
-        if (RULES >> (2 * slot)) & 3 == 0:
+        if CLASSES:
+            count = tl.full([], 0, tl.int32)
+            if (RULES >> (2 * slot)) & 3 == 3:
+                count = tl.minimum(tl.load(kept_count + b * HK + hk), K)
+            to = landing_key(sink_key, class_sink, b, slot, (RULES >> (2 * slot)) & 3, N, CLASS_SINK)
+            acc, moved = dq_classes(
+                acc, rows, grad, k_rows + wide * k_b + hk * k_h, v_rows + wide * v_b + hk * v_h,
+                kept + (wide * HK + hk) * K, count, bounds, row_blocks, class_rules, rules, key_class + wide * S, to,
+                log, less, t, block, TB, inner, outer, T, S, KC, k_s, v_s, slot, (RULES >> (2 * slot)) & 3, N, D,
+                CLASSES == 1, SOFTCAP, PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
+            if (RULES >> (2 * slot)) & 3 == 2:
+                tl.store(mass + slot * mass_n.to(tl.int64) + at, moved, mask=t < T)
+            else:
+                by_class += moved
+        elif (RULES >> (2 * slot)) & 3 == 0:
             if slot % 2 == 0 or (RULES >> (2 * slot - 2)) & 3 != 0:
                 acc, _ = dq_slots(
                     acc, none, rows, grad, k, v, bounds, row_blocks, log, less, none, t, b, hk, block, TB, inner,
@@ -219,29 +251,15 @@ def dq_kernel(
                 slot, False, (RULES >> (2 * slot)) & 3, N, SOFTCAP, PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
             )  # fmt: skip
             if (RULES >> (2 * slot)) & 3 == 2:
-                tl.store(mass + slot * mass_n + at, moved, mask=t < T)
+                tl.store(mass + slot * mass_n.to(tl.int64) + at, moved, mask=t < T)
+    if CLASS_SINK:
+        tl.store(mass + N * mass_n.to(tl.int64) + at, by_class, mask=t < T)
     to = dq + wide * dq_b + h * dq_h + t.to(tl.int64)[:, None] * dq_t + d[None, :]
     tl.store(to, (acc * scale).to(dq.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
-def times_seen(
-    bounds, t, T, S, j, kept, N: tl.constexpr, RULES: tl.constexpr, RULE: tl.constexpr, OR_RULE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """fp32 [BLOCK_S, BLOCK_T]: in how many slots of one of two rules each row sees each key."""
-    times = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
-    for slot in tl.static_range(N):
-        if (RULES >> (2 * slot)) & 3 == RULE or (RULES >> (2 * slot)) & 3 == OR_RULE:
-            low, high = row_span(bounds, t, T, S, slot, N)
-            here = sees(low[None, :], high[None, :], j[:, None])
-            if (RULES >> (2 * slot)) & 3 == 3:
-                here = here & kept[:, None]
-            times += here.to(tl.float32)
-    return times
-
-
-@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "SB", "heads"])
+@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "SB", "heads", "RC", "KC"],
+            do_not_specialize_on_alignment=["delta", "listed", "bounds", "sink_key", *LISTS[4:-1]])  # fmt: skip
 def dkdv_kernel(
     q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
     v_rows,
@@ -251,10 +269,11 @@ def dkdv_kernel(
     key_blocks,  # int32 [B, SB, 4]
     sink_key,  # int32 [B, N]
     listed,  # int8 [B, HK, S]: whether a key is in the kept list
-    inner, outer, scale, T, S, H, HK, TB, SB, heads,
+    key_class, row_class, class_rules, class_sink,
+    inner, outer, scale, T, S, H, HK, TB, SB, heads, RC, KC,
     v_b, v_h, v_s, dk_p, dk_b, dk_h, dk_s,
     N: tl.constexpr, RULES: tl.constexpr, HAS_KEPT: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CLASSES: tl.constexpr, CLASS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     hk = tl.program_id(1) % HK
@@ -281,6 +300,8 @@ def dkdv_kernel(
     kept = j < S
     if HAS_KEPT:
         kept = tl.load(listed + (wide * HK + hk) * S + j, mask=kept, other=0) > 0
+    if CLASSES:
+        rules = rules_towards(class_rules, class_of(key_class + wide * S, j, S, KC), KC, RC, CLASSES == 1)
     dk_acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     # what is too small for the pipeliner is loaded one step ahead: row statistics, and whether the tile needs a mask
@@ -297,7 +318,7 @@ def dkdv_kernel(
         # [BLOCK_S, BLOCK_T]
         p = power(s * outer - log[None, :], PRECISION)
         grad = load_tile(do, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
-        if RULES == 0:
+        if RULES == 0 and not CLASSES:
             if not whole:
                 times = times_seen(bounds, t, T, S, j, kept, N, RULES, 0, 0, BLOCK_T, BLOCK_S)
                 p = tl.where(times > 0, p * times, 0.0)
@@ -307,22 +328,35 @@ def dkdv_kernel(
             ds = tl.where(p > 0, p * (dp - less[None, :]), 0.0)
         else:
             own = times_seen(bounds, t, T, S, j, kept, N, RULES, 0, 3, BLOCK_T, BLOCK_S)
+            dropped = times_seen(bounds, t, T, S, j, kept, N, RULES, 1, 2, BLOCK_T, BLOCK_S)
+            if CLASSES:
+                others = class_of(row_class + wide * T, t, T, RC)
+                rule = rule_between(class_rules, rules[:, None], others[None, :], KC, CLASSES == 1)
+                sunk_times = tl.where(rule == 2, own, 0.0)
+                dropped = tl.where(rule == 3, 0.0, tl.where(rule == 0, dropped, dropped + own))
+                own = tl.where(rule == 0, own, 0.0)
             weights = tl.where(own > 0, p * own, 0.0)
             dv_acc = tl.dot(weights.to(grad.dtype), grad, dv_acc, input_precision=PRECISION)
             dp = tl.dot(values, grad.T, input_precision=PRECISION)
             ds = tl.where(own > 0, weights * (dp - less[None, :]), 0.0)
-            dropped = times_seen(bounds, t, T, S, j, kept, N, RULES, 1, 2, BLOCK_T, BLOCK_S)
             ds -= tl.where(dropped > 0, p * dropped * less[None, :], 0.0)
             for slot in tl.static_range(N):
                 if (RULES >> (2 * slot)) & 3 == 2:
                     sink = tl.load(sink_key + b * N + slot)
-                    there = (sink >= 0) & (sink < S) & (d < D)
-                    value = tl.load(v_rows + wide * v_b + hk * v_h + sink.to(tl.int64) * v_s + d, mask=there, other=0.0)
-                    sunk = tl.sum(grad.to(tl.float32) * value.to(tl.float32)[None, :], 1)
+                    value = value_of(v_rows + wide * v_b + hk * v_h, sink, v_s, S, D, BLOCK_D)
+                    sunk = tl.sum(grad.to(tl.float32) * value[None, :], 1)
                     low, high = row_span(bounds, t, T, S, slot, N)
-                    ds += tl.where(sees(low[None, :], high[None, :], j[:, None]), p * sunk[None, :], 0.0)
+                    moved = sees(low[None, :], high[None, :], j[:, None])
+                    if CLASSES:
+                        moved = moved & ((rule == 0) | (rule == 2))
+                    ds += tl.where(moved, p * sunk[None, :], 0.0)
+            if CLASS_SINK:
+                value = value_of(v_rows + wide * v_b + hk * v_h, tl.load(class_sink + b), v_s, S, D, BLOCK_D)
+                sunk = tl.sum(grad.to(tl.float32) * value[None, :], 1)
+                ds += tl.where(sunk_times > 0, p * sunk_times * sunk[None, :], 0.0)
         if SOFTCAP:
-            ds *= 1.0 - s * s
+            # the slope of a key that no row sees may be NaN
+            ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - s * s))
         dk_acc = tl.dot(ds.to(rows.dtype), rows, dk_acc, input_precision=PRECISION)
         following = i + 1
         r = following // both
@@ -339,3 +373,25 @@ def dkdv_kernel(
     mask = (j < S)[:, None] & (d < D)[None, :]
     tl.store(dk + to, (dk_acc * scale).to(dk.dtype.element_ty), mask=mask)
     tl.store(dv + to, dv_acc.to(dv.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def join_parts_kernel(
+    dk_parts, dv_parts,  # fp32 [parts, size]
+    dk, dv,  # [size]
+    size, parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dk and dv from their partial sums, part by part in a fixed order; grid (blocks, 2): dk, dv."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    if tl.program_id(1) == 0:
+        source = dk_parts
+        target = dk
+    else:
+        source = dv_parts
+        target = dv
+    acc = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        acc += tl.load(source + part * size.to(tl.int64) + i, mask=inside, other=0.0)
+    tl.store(target + i, acc.to(target.dtype.element_ty), mask=inside)

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import tiles
-from .backward import dkdv_kernel, dq_kernel, row_statistics_kernel
+from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
 from .forward import span_attention_kernel
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-INT32 = ("bounds", "row_blocks", "key_blocks", "sink_key", "kept", "kept_count")
+INT32 = ("bounds", "row_blocks", "key_blocks", "sink_key", "kept", "kept_count", "class_sink")
+INT8 = ("listed", "key_class", "row_class", "class_rules")
 FP32 = ("lse", "dlse", "total", "delta", "mass", "sink_gradient", "sink_logits")
 FEATURES: dict[str, dict[str, Any]] = {
     "one slot": {"N": 1},
@@ -22,19 +23,29 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sink logits": {"SINK_LOGITS": True},
     "D=80": {"D": 80},
 }
+CLASSES: dict[str, dict[str, Any]] = {
+    "classes": {"CLASSES": 1},
+    "classes, many": {"CLASSES": 2},
+    "classes, every rule": {"N": 4, "RULES": 0b11100100, "HAS_KEPT": True, "CLASSES": 1, "CLASS_SINK": True},
+}
 
 
 def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(name, kernel, signature, constexprs, options) for one compute capability."""
     for D in (64, 128, 256):
         yield from _kernels(f"D={D} bf16", capability, D, "bf16", {})
+        yield from _kernels(f"D={D} bf16 classes", capability, D, "bf16", CLASSES["classes"])
     if capability != 90:
         return
+    arguments = {"dk_parts": "*fp32", "dv_parts": "*fp32", "dk": "*bf16", "dv": "*bf16", "BLOCK": "constexpr"}
+    signature = {name: arguments.get(name, "i32") for name in join_parts_kernel.arg_names}
+    yield "join parts", join_parts_kernel, signature, {"BLOCK": 1024}, {"num_warps": 4}
+    yield from _kernels("few rows", capability, 128, "bf16", {}, few=True)
     # fp32, fp16 and the features once: what they change is the same code everywhere
     for D in (64, 128, 256):
         yield from _kernels(f"D={D} fp32", capability, D, "fp32", {})
     yield from _kernels("fp16", capability, 128, "fp16", {})
-    for name, feature in FEATURES.items():
+    for name, feature in {**FEATURES, **CLASSES}.items():
         yield from _kernels(name, capability, feature.get("D", 128), "bf16", feature)
 
 
@@ -42,12 +53,14 @@ def local_allowed(name: str) -> int:
     """Bytes of local memory per thread that a kernel may use: a few for the tiles that were the fastest on an H200 in
     spite of them,
     any for fp32, whose multiply-add products keep whole operands in registers, and for the rarer rules."""
-    if "fp32" in name or any(name.endswith(feature) for feature in FEATURES):
+    if "fp32" in name or name.endswith(("every rule", "many", *FEATURES)):
         return 1 << 16
     return 640 if "D=256" in name else 96
 
 
-def _kernels(name: str, capability: int, D: int, dtype: str, feature: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+def _kernels(
+    name: str, capability: int, D: int, dtype: str, feature: dict[str, Any], few: bool = False
+) -> Iterator[tuple[Any, ...]]:
     size = 4 if dtype == "fp32" else 2
     kernels = {
         "forward": span_attention_kernel,
@@ -56,10 +69,13 @@ def _kernels(name: str, capability: int, D: int, dtype: str, feature: dict[str, 
         "statistics": row_statistics_kernel,
     }
     for room, kernel in kernels.items():
-        plain = not {"N", "RULES", "SOFTCAP"} & set(feature) or feature == {"N": 1}
-        choice = tiles.tile(room, capability, D, size, plain) if room in tiles.KERNELS else tiles.Tile(32, 32, 4, 2)
+        plain = not {"N", "RULES", "SOFTCAP", "CLASSES"} & set(feature) or feature == {"N": 1}
+        choice = tiles.Tile(32, 32, 4, 2)
+        if room in tiles.KERNELS:
+            choice = tiles.tile(room, capability, D, size, plain, few, "CLASSES" in feature)
         values = {
             "N": 2, "RULES": 0, "HAS_KEPT": False, "D": D, "SOFTCAP": False, "SINK_LOGITS": False,
+            "CLASSES": 0, "CLASS_SINK": False,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "BLOCK_T": choice.block_t, "BLOCK_S": choice.block_s, "BLOCK_D": tiles.block_d(D), **feature,
         }  # fmt: skip
@@ -84,7 +100,7 @@ def _type(argument: str, room: str, dtype: str, constexprs: dict[str, Any], choi
         return POINTERS[dtype]
     if argument in INT32:
         return "*i32"
-    if argument == "listed":
+    if argument in INT8:
         return "*i8"
     if argument in FP32:
         return "*fp32"

@@ -1,17 +1,23 @@
 """span_attention forward: online softmax over the key tiles that a tile of rows touches.
 
-Grid (B * H, row tiles); later rows see more under every causal-like mask, so the last row tiles start first. A pair
-of ATTEND slots
-is walked by one counter in one software pipeline, masked and unmasked tiles alike: on an H200 separate loops for the
-two cost 13 % of the
-forward at 8k tokens and 35 % at 2k, because an edge tile then waited for its own loads.
+Heads that share keys run together, and only so many key heads at a time as the L2 holds (`program_rows`). Later rows
+see more under every causal-like mask, so the last row tiles start first. A pair of ATTEND slots is walked by one
+counter in one software pipeline, masked and unmasked tiles alike: on an H200 separate loops for the two cost 13 % of
+the forward at 8k tokens and 35 % at 2k, because an edge tile then waited for its own loads.
 """
 
 import triton
 import triton.language as tl
 
+from ..device.classes import class_of, rules_towards
 from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
-from ..device.spans import hull_tiles, sees, slot_hull, solid_tile
+from ..device.spans import hull_tiles, row_span, sees, slot_hull, solid_tile
+from .classes import attend_classes, landing_key
+
+# a view of a longer list may begin anywhere: the alignment of these is no part of a compiled form
+LISTS = [
+    "bounds", "sink_key", "kept", "kept_count", "key_class", "row_class", "class_rules", "class_sink", "sink_logits",
+]  # fmt: skip
 
 
 @triton.jit
@@ -21,11 +27,12 @@ def load_tile(tensor, b, h, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def row_span(bounds, t, T, S, slot, N: tl.constexpr):
-    """begin, end [BLOCK_T] of one slot, end clipped to S: bounds int32 [T, N, 2] of one sample; rows beyond T are
-    empty."""
-    at = bounds + (t.to(tl.int64) * N + slot) * 2
-    return tl.load(at, mask=t < T, other=0), tl.minimum(tl.load(at + 1, mask=t < T, other=0), S)
+def program_rows(H, T, BLOCK_T: tl.constexpr):
+    """(b, h, tile of rows) of a program on the grid (heads that run together * row tiles, groups of such heads)."""
+    tiles = tl.cdiv(T, BLOCK_T)
+    together = tl.num_programs(0) // tiles
+    head = tl.program_id(1) * together + tl.program_id(0) % together
+    return head // H, head % H, tiles - 1 - tl.program_id(0) // together
 
 
 @triton.jit
@@ -124,7 +131,9 @@ def join_mass(m, norm, acc, m_mass, norm_mass, PRECISION: tl.constexpr):
     return m_new, norm * alpha + mass, acc * alpha[:, None], mass
 
 
-@triton.jit(do_not_specialize=["T", "S", "H", "HK", "TB", "K"])
+@triton.jit(
+    do_not_specialize=["T", "S", "H", "HK", "TB", "K", "RC", "KC"], do_not_specialize_on_alignment=LISTS
+)  # fmt: skip
 def span_attention_kernel(
     q, k, v,  # descriptors over [B, H, T, D], [B, HK, S, D] with tiles [1, 1, BLOCK, BLOCK_D]
     k_rows, v_rows,  # the same k, v as pointers, for rows that are gathered
@@ -134,18 +143,20 @@ def span_attention_kernel(
     row_blocks,  # int32 [B, TB, N, 4]
     sink_key,  # int32 [B, N]
     kept, kept_count,  # int32 [B, HK, K], [B, HK]
+    key_class, row_class,  # int8 [B, S], [B, T]
+    class_rules,  # int8 [RC, KC]
+    class_sink,  # int32 [B]
     sink_logits,  # [H]
-    inner, outer, T, S, H, HK, TB, K,
+    inner, outer, T, S, H, HK, TB, K, RC, KC,
     k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_t,
     N: tl.constexpr, RULES: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, SINK_LOGITS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    # 0: no classes, 1: at most 16 a side, 2: more
+    CLASSES: tl.constexpr, CLASS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0) // H
-    h = tl.program_id(0) % H
+    b, h, block = program_rows(H, T, BLOCK_T)
     hk = h // (H // HK)
     wide = b.to(tl.int64)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     bounds += wide * T * N * 2
     row_blocks += wide * TB * N * 4
@@ -154,8 +165,22 @@ def span_attention_kernel(
     m = tl.full([BLOCK_T], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    if CLASSES:
+        own_class = class_of(row_class + wide * T, t, T, RC)
+        rules = rules_towards(class_rules, own_class * KC, 1, KC, CLASSES == 1)
     for slot in tl.static_range(N):
-        if (RULES >> (2 * slot)) & 3 == 0:
+        if CLASSES:
+            count = tl.full([], 0, tl.int32)
+            if (RULES >> (2 * slot)) & 3 == 3:
+                count = tl.minimum(tl.load(kept_count + b * HK + hk), K)
+            to = landing_key(sink_key, class_sink, b, slot, (RULES >> (2 * slot)) & 3, N, CLASS_SINK)
+            m, norm, acc = attend_classes(
+                m, norm, acc, rows, k_rows + wide * k_b + hk * k_h, v_rows + wide * v_b + hk * v_h,
+                kept + (wide * HK + hk) * K, count, bounds, row_blocks, class_rules, rules, key_class + wide * S, to,
+                t, block, TB, inner, outer, T, S, KC, k_s, v_s, slot, (RULES >> (2 * slot)) & 3, N, D, CLASSES == 1,
+                SOFTCAP, PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
+        elif (RULES >> (2 * slot)) & 3 == 0:
             # an even slot takes an ATTEND neighbour along; the odd one then has nothing left to do
             if slot % 2 == 0 or (RULES >> (2 * slot - 2)) & 3 != 0:
                 m, norm, acc = attend_slots(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from .forward import token_scores_kernel
@@ -22,13 +23,19 @@ CASES = (
 )
 
 
+def local_allowed(name: str) -> int:
+    """Bytes of local memory per thread: the few that ptxas prefers to more registers here, a different handful in each
+    version; none of them is inside the loads."""
+    return 64
+
+
 def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(name, kernel, signature, constexprs, options); the same for every compute capability."""
-    for HK, R, D, dtype, softcap in CASES:
-        constexprs = meta(HK, R, D, softcap, 4 if dtype == "fp32" else 2)
+    for (HK, R, D, dtype, softcap), few in product(CASES, (False, True)):
+        constexprs = meta(HK, R, D, softcap, 4 if dtype == "fp32" else 2, few)
         options = {"num_warps": constexprs.pop("num_warps")}
         signature = {n: _type(n, dtype, constexprs) for n in token_scores_kernel.arg_names}
-        name = f"HK={HK} R={R} D={D} {dtype}{' softcap' if softcap else ''}"
+        name = f"HK={HK} R={R} D={D} {dtype}{' softcap' if softcap else ''}{' few' if few else ''}"
         yield name, token_scores_kernel, signature, constexprs, options
 
 

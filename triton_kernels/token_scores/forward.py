@@ -74,7 +74,7 @@ def squared_length(o, stride, H, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: t
     return tl.sum(squares)
 
 
-@triton.jit(do_not_specialize=["S", "K", "lse_b", "lse_h", "index_b", "index_k", "count_b"],
+@triton.jit(do_not_specialize=["S", "K", "HK", "lse_b", "lse_h", "index_b", "index_k", "count_b"],
             do_not_specialize_on_alignment=["lse", "index", "count"])  # fmt: skip
 def token_scores_kernel(
     q, o,  # [B, H, 1, D]
@@ -83,10 +83,10 @@ def token_scores_kernel(
     index,  # int32 [B, K]
     count,  # int32 [B]
     cosine, norm, mass,  # fp32 [B, K]
-    scale, inner, outer, S, K,
+    scale, inner, outer, S, K, HK,
     q_b, q_h, o_b, o_h, k_b, k_h, k_s, v_b, v_h, v_s, lse_b, lse_h, index_b, index_k, count_b,
-    HK: tl.constexpr, R: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     q += b * q_b
@@ -109,7 +109,7 @@ def token_scores_kernel(
         n = tl.zeros([HEADS, BLOCK_K], tl.float32)
         along = tl.zeros([HEADS, BLOCK_K], tl.float32)
         total = tl.zeros([HEADS, BLOCK_K], tl.float32)
-        for first in tl.range(0, HK, HEADS, num_stages=STAGES):
+        for first in tl.range(0, HK, HEADS):
             h = first + tl.arange(0, HEADS)
             real = h < HK
             keys = load_rows(k, h, real, k_h, j * k_s, listed, D, BLOCK_D)
@@ -145,16 +145,16 @@ def token_scores_kernel(
             if tl.max(marked.to(tl.int32), 0) > 0:
                 j = tl.load(index + i.to(tl.int64) * index_k, mask=marked, other=0).to(tl.int64)
                 x = subtracted(
-                    q, o, k, v, lse, j, marked, whole, scale, inner, outer, q_h, o_h, k_h, k_s, v_h, v_s, lse_h,
-                    HK, R, D, SOFTCAP, HEADS, BLOCK_K, BLOCK_D,
+                    q, o, k, v, lse, j, marked, whole, scale, inner, outer, HK, q_h, o_h, k_h, k_s, v_h, v_s, lse_h,
+                    R, D, SOFTCAP, HEADS, BLOCK_K, BLOCK_D,
                 )  # fmt: skip
                 tl.store(cosine + i, x, mask=marked)
 
 
 @triton.jit
 def subtracted(
-    q, o, k, v, lse, j, listed, whole, scale, inner, outer, q_h, o_h, k_h, k_s, v_h, v_s, lse_h,
-    HK: tl.constexpr, R: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
+    q, o, k, v, lse, j, listed, whole, scale, inner, outer, HK, q_h, o_h, k_h, k_s, v_h, v_s, lse_h,
+    R: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The cosines [BLOCK_K] of keys j with every contribution subtracted from o before it is squared."""

@@ -13,12 +13,12 @@ from . import tiles
 from .forward import token_scores_kernel
 
 
-def meta(HK: int, R: int, D: int, softcap: bool, element_size: int) -> dict[str, Any]:
+def meta(HK: int, R: int, D: int, softcap: bool, element_size: int, few: bool) -> dict[str, Any]:
     """The kernel's sizes as constants."""
-    choice = tiles.tile(HK, R, D, element_size)
+    choice = tiles.tile(HK, R, D, element_size, few)
     return {
-        "HK": HK, "R": R, "D": D, "SOFTCAP": softcap,
-        "HEADS": choice.heads, "BLOCK_K": choice.block_k, "BLOCK_D": tiles.block_d(D), "STAGES": choice.num_stages,
+        "R": R, "D": D, "SOFTCAP": softcap,
+        "HEADS": choice.heads, "BLOCK_K": choice.block_k, "BLOCK_D": tiles.block_d(D),
         "num_warps": choice.num_warps,
     }  # fmt: skip
 
@@ -32,13 +32,13 @@ def token_scores(
     K = index.shape[1]
     cosine, norm, mass = (torch.empty((B, K), dtype=torch.float32, device=q.device) for _ in range(3))
     if B * K:
-        sizes = meta(HK, H // HK, D, softcap != 0.0, q.element_size())
+        sizes = meta(HK, H // HK, D, softcap != 0.0, q.element_size(), tiles.few_rows(B * HK * K))
         steps = triton.cdiv(K, sizes["BLOCK_K"])
         programs = min(steps, triton.cdiv(tiles.PROGRAMS * _multiprocessors(q.device), B))
         with torch.cuda.device_of(q):
             token_scores_kernel[(programs, B)](
                 q, o, k, v, lse, index, count, cosine, norm, mass,
-                scale, 1.0 / softcap if softcap else 1.0, softcap or 1.0, S, K,
+                scale, 1.0 / softcap if softcap else 1.0, softcap or 1.0, S, K, HK,
                 *_strides(q, 0, 1), *_strides(o, 0, 1), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 2),
                 *_strides(lse, 0, 1), *_strides(index, 0, 1), *_strides(count, 0), **sizes,
             )  # fmt: skip

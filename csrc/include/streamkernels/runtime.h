@@ -26,6 +26,9 @@ class DeviceGuard {
 // Multiprocessors of `device`, asked once.
 int multiprocessors(int device);
 
+// A number of the CUDA graph capture that `stream` is part of, 0 if there is none.
+uint64_t capture_id(uintptr_t stream);
+
 // Throws CudaError when the launch of `kernel`, or asynchronous work before it, failed.
 void check_launch(const char* kernel);
 // Throws CudaError when `code` is not success.

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from . import _release as _release  # first: refuses other releases
+from .batch import SessionBatch
 from .cache import GroupedCache
 from .codec import ByteCodec, LeadingSpaceCodec, codec_for
+from .decoding import Decoding
 from .patch import Handle, patch
 from .stream import StreamSession
 
-__all__ = ["ByteCodec", "GroupedCache", "Handle", "LeadingSpaceCodec", "StreamSession", "codec_for", "patch"]
+__all__ = [
+    "ByteCodec",
+    "Decoding",
+    "GroupedCache",
+    "Handle",
+    "LeadingSpaceCodec",
+    "SessionBatch",
+    "StreamSession",
+    "codec_for",
+    "patch",
+]

@@ -19,11 +19,14 @@ from transformers.modeling_utils import AttentionInterface
 from ...core.shapes import refuse
 from ...core.spans import ATTEND, SKIP, Spans, bottom_right
 from ...ops.incremental_prefill import incremental_prefill
+from ...ops.prepare import prepare
 from ...ops.span_attention import span_attention
 from .cache import GroupedCache
+from .windows import Begins, buffer_spans
 
 NAME = "streamkernels"
 _OP = "streamkernels attention"
+Prepared = tuple[Spans, tuple[Tensor, Tensor]]
 ROUTE = "streamkernels_route"  # the keyword that carries a Route from the pre-hook to every layer
 
 
@@ -31,12 +34,27 @@ ROUTE = "streamkernels_route"  # the keyword that carries a Route from the pre-h
 class Route:
     """By what one forward attends; made by the pre-hook and shared by its layers.
 
-    cache: the GroupedCache, or None for the routes over one buffer. visible: the Spans of those routes, built by the
-    first layer on each device.
+    cache: the GroupedCache, or None for the routes over one buffer. windows: the sliding window of each layer of a
+    streaming step, None for none. begins: per sliding window the first source and
+    target key of each row of a streaming step. window: what a window means under declared spans. visible: the Spans of
+    the routes over one buffer and what `prepare` makes of them, built by the first layer that needs them, per device,
+    window and number of keys.
     """
 
     cache: GroupedCache | None = None
-    visible: dict[torch.device, Spans] = field(default_factory=dict)
+    windows: list[int | None] = field(default_factory=list)
+    begins: dict[int, Begins] = field(default_factory=dict)
+    window: str = "position"
+    visible: dict[tuple[torch.device, int | None, int], Prepared] = field(default_factory=dict)
+
+    def begins_on(self, window: int | None, device: torch.device) -> Begins | tuple[None, None]:
+        """(source_begin, target_begin) of a layer with this window, on its device."""
+        if window is None:
+            return None, None
+        source, target = self.begins[window]
+        if source.device != device:
+            source, target = self.begins[window] = (source.to(device), target.to(device))
+        return source, target
 
 
 def is_ours(module: Any, is_causal: bool | None = None) -> bool:
@@ -65,6 +83,7 @@ def attention(
     spans: Tensor | None = None,
     role: Tensor | int | None = None,
     source_limit: Tensor | None = None,
+    position_ids: Tensor | None = None,
     streamkernels_route: Route | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -83,40 +102,62 @@ def attention(
         refuse(_OP, "model", "a forward of a model patched by streamkernels.patch", "none in progress")
     if dropout:
         refuse(_OP, "dropout", "0", dropout, NotImplementedError)
-    if sliding_window is not None or softcap is not None:
-        got = f"sliding_window={sliding_window}, softcap={softcap}"
-        refuse(_OP, "model", "neither a sliding window nor a softcap", got, NotImplementedError)
     # fp32 weights under autocast give q and k in fp32 (cos, sin are) but v in the autocast dtype
     query, key = query.to(value.dtype), key.to(value.dtype)
     if streamkernels_route.cache is not None:
         stream = streamkernels_route.cache.stream
         layer = module.layer_idx
-        options = {"role": role, "source_limit": source_limit, "scale": scaling}
+        source_begin, target_begin = streamkernels_route.begins_on(sliding_window, query.device)
+        options = {
+            "role": role,
+            "source_limit": source_limit,
+            "source_begin": source_begin,
+            "target_begin": target_begin,
+            "scale": scaling,
+            "softcap": softcap,
+        }
         o: Any = incremental_prefill(query, key, value, None, None, stream, layer, **options)
     else:
-        visible = _visible(streamkernels_route, query, key, attention_mask, spans)
-        o = span_attention(query, key, value, visible, scale=scaling)
+        place = (sliding_window, position_ids)
+        visible, prepared = _visible(streamkernels_route, query, key, attention_mask, spans, *place)
+        o = span_attention(query, key, value, visible, scale=scaling, softcap=softcap, prepared=prepared)
     return o.transpose(1, 2), None
 
 
-def _visible(route: Route, query: Tensor, key: Tensor, mask: Tensor | None, spans: Tensor | None) -> Spans:
-    """The Spans of this forward on the device of `query`: the caller's, or causal; a key that the padding mask hides
-    is in the class that every row skips."""
-    if query.device not in route.visible:
-        B, T, S = query.shape[0], query.shape[2], key.shape[2]
-        bounds = spans if spans is not None else bottom_right(T, S, B=B, device=query.device).bounds
-        hidden = None if mask is None else ~mask.bool()
+def _visible(
+    route: Route,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    spans: Tensor | None,
+    window: int | None,
+    positions: Tensor | None,
+) -> Prepared:
+    """The Spans of this forward on the device of `query`: the caller's, or causal, inside the layer's window if it has
+    one, and what `prepare` makes of them; a key that the padding mask hides is in the class that every row skips."""
+    B, T, S = query.shape[0], query.shape[2], key.shape[2]
+    place = (query.device, window, S)
+    if place not in route.visible:
+        if window is not None:
+            if positions is None:
+                positions = torch.arange(T, device=query.device)[None]
+            bounds = buffer_spans(spans, positions.to(query.device), window, route.window, (B, T, S))
+        else:
+            bounds = spans if spans is not None else bottom_right(T, S, B=B, device=query.device).bounds
+        # a layer's cache may have dropped keys that no row sees any more
+        hidden = None if mask is None else ~mask[:, -S:].bool()
         # one device read per forward, as transformers' own sdpa mask does, buys the plain path for a mask of ones
         if hidden is None or not (_traced() or hidden.any()):
-            route.visible[query.device] = Spans(bounds)
+            visible = Spans(bounds)
         else:
-            route.visible[query.device] = Spans(
+            visible = Spans(
                 bounds,
                 key_class=hidden.to(torch.int8),
                 row_class=torch.zeros(B, T, dtype=torch.int8, device=query.device),
                 class_rules=torch.tensor([[ATTEND, SKIP]], dtype=torch.int8, device=query.device),
             )
-    return route.visible[query.device]
+        route.visible[place] = visible, prepare(visible, S)
+    return route.visible[place]
 
 
 def _traced() -> bool:

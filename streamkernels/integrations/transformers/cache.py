@@ -13,6 +13,7 @@ from ...core.cache import SOURCE, TARGET, StreamCache
 from ...core.shapes import refuse
 from .model import base_of, check_supported, devices, head_dims, kv_heads
 from .rotary import rotary_of
+from .windows import KeyPositions
 
 
 @dataclass
@@ -50,7 +51,12 @@ class GroupedLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Committed source and target tokens of the longest row (an upper bound that needs no device read)."""
+        """Committed source and target tokens of the longest row (an upper bound that needs no device read).
+
+        0 while torch.compile traces: a length would be compiled into the graph, and only masks that nobody builds and
+        positions that are always given ask for it there."""
+        if torch.compiler.is_compiling():
+            return 0
         return sum(self.stream.longest(role, self.index) for role in (SOURCE, TARGET))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -93,6 +99,7 @@ class GroupedCache(Cache):
         self._turns = Turns()
         super().__init__(layers=[GroupedLayer(stream, index, self._turns) for index in range(stream.layers)])
         self.stream = stream
+        self._keys: KeyPositions | None = None
 
     @classmethod
     def for_model(
@@ -154,22 +161,52 @@ class GroupedCache(Cache):
         if tokens_to_remove < 0:
             self.stream.pop(-tokens_to_remove, TARGET)
 
-    def reset(self) -> None:
-        """Empty both segments of every row."""
-        self._turns.left = 0
-        self.stream.reset()
+    def reset(self, row: int | None = None) -> None:
+        """Empty both segments of every row, or of one."""
+        self._settle_positions()
+        if row is None:
+            self._turns.left = 0
+        self.stream.reset(row)
+        if self._keys is not None:
+            self._keys.arrangement = self.stream._arrangement
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` (int64 [B]) was."""
+        self._settle_positions()
         self.stream.reorder(beam_idx)
+        self._take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep rows `indices` (int64), in that order."""
+        self._settle_positions()
         self.stream.select(indices)
+        self._take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side."""
-        self.stream.select(torch.arange(self.stream.batch).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.stream.batch).repeat_interleave(repeats))
+
+    def reserve(self, source: int = 0, target: int = 0) -> None:
+        """Make room for that many more rows per session (`StreamCache.reserve`): before a compiled or captured step."""
+        self.stream.reserve(source, target)
+        if self._keys is not None:
+            self._keys.fit(max(source, target))
+
+    def key_positions(self) -> KeyPositions:
+        """Where the cached keys stand, which only a sliding window by position needs: kept from the first call on."""
+        if self._keys is None:
+            self._keys = KeyPositions(self.stream)
+        if not torch.compiler.is_compiling():
+            self._keys.check()
+        return self._keys
+
+    def _settle_positions(self) -> None:
+        if self._keys is not None:
+            self._keys.check()
+
+    def _take(self, rows: Tensor) -> None:
+        if self._keys is not None:
+            self._keys.take(rows)
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: raises NotImplementedError."""

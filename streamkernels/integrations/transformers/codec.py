@@ -9,6 +9,8 @@ from transformers import ByT5Tokenizer
 
 from ...core.shapes import refuse
 
+Tokens = str | Sequence[int]  # text that the tokenizer reads, or ids
+
 _ANCHOR = "a"  # text that stands before a word, so that the word is tokenised as inside a sentence
 
 
@@ -112,3 +114,20 @@ def _end(tokenizer: Any, end: Iterable[int] | None) -> frozenset[int]:
     if end is not None:
         return frozenset(end)
     return frozenset() if tokenizer.eos_token_id is None else frozenset([tokenizer.eos_token_id])
+
+
+def tokens_of(op: str, tokenizer: Any, name: str, text: Tokens) -> list[int]:
+    """The ids of a piece of text around source or target, in which special tokens count as such."""
+    if not isinstance(text, str):
+        return list(text)
+    if tokenizer is None:
+        refuse(op, name, "token ids when there is no tokenizer", text)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def ends_of(lm: Any, tokenizer: Any) -> frozenset[int]:
+    """End tokens of the target: those of the model's generation config and the tokenizer's."""
+    config = getattr(lm, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    ends = list(found) if isinstance(found, (list, tuple)) else [found]
+    return frozenset(e for e in [*ends, getattr(tokenizer, "eos_token_id", None)] if e is not None)

@@ -1,40 +1,66 @@
-"""Which models the integration knows, and what it must know of one: its attention modules, heads, devices."""
+"""Which models the integration knows, and what it must know of one: its attention modules, heads, windows, devices."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2ForCausalLM, Gemma2Model
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralModel
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalLM, Phi3Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3Model
 
 from ...core.shapes import MAX_HEAD_DIM, refuse
 from ._release import check_release
 from .rotary import check_rope
 
-_FAMILIES: dict[type[nn.Module], type[nn.Module]] = {LlamaModel: LlamaAttention, Qwen2Model: Qwen2Attention}
-_HEADS = (LlamaForCausalLM, Qwen2ForCausalLM)
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture as its own file in transformers defines it.
+
+    window: where a sliding window is kept: None for none, "layer" on each attention module (None there is full
+    attention), "config" for all layers alike. partial: whether its rotation may leave the last dims of a head alone.
+    """
+
+    base: type[nn.Module]
+    attention: type[nn.Module]
+    lm: type[nn.Module]
+    window: str | None = None
+    partial: bool = False
+
+
+FAMILIES = (
+    Family(LlamaModel, LlamaAttention, LlamaForCausalLM),
+    Family(Qwen2Model, Qwen2Attention, Qwen2ForCausalLM, window="layer"),
+    Family(Qwen3Model, Qwen3Attention, Qwen3ForCausalLM, window="layer"),
+    Family(MistralModel, MistralAttention, MistralForCausalLM, window="config"),
+    Family(Gemma2Model, Gemma2Attention, Gemma2ForCausalLM, window="layer"),
+    Family(Phi3Model, Phi3Attention, Phi3ForCausalLM, window="config", partial=True),
+)
+_HEADS = tuple(f.lm for f in FAMILIES)
 
 
 def base_of(op: str, model: Any) -> Any:
-    """The LlamaModel or Qwen2Model inside `model`, which may be that model itself, its CausalLM, or a wrapper of
+    """The base model (LlamaModel, ...) inside `model`, which may be that model itself, its CausalLM, or a wrapper of
     either that has `get_base_model()` (PEFT). Refuses everything else, and subclasses whose attention is their own."""
     inner = _inner(model)
-    base = inner.model if isinstance(inner, _HEADS) else inner
-    # FSDP changes the class to a subclass with the same forward; a subclass with another forward is not known to us
-    family = next((f for f in _FAMILIES if isinstance(base, f) and type(base).forward is f.forward), None)
+    base: Any = inner.model if isinstance(inner, _HEADS) else inner
+    family = _family(base)
     if family is None:
-        names = ", ".join(c.__name__ for c in (*_HEADS, *_FAMILIES))
         refuse(
             op,
             "model",
-            f"one of {names}, or a wrapper of one with get_base_model()",
+            f"one of {', '.join(c.__name__ for c in _HEADS)}, its base model, or a wrapper with get_base_model()",
             type(inner).__name__,
             NotImplementedError,
         )
     check_release(op)
-    attention = _FAMILIES[family]
+    attention = family.attention
     for index, layer in enumerate(base.layers):
         if not isinstance(layer.self_attn, attention) or type(layer.self_attn).forward is not attention.forward:
             got = f"{type(layer.self_attn).__name__} in layer {index}"
@@ -42,8 +68,22 @@ def base_of(op: str, model: Any) -> Any:
     return base
 
 
+def _family(base: Any) -> Family | None:
+    # FSDP changes the class to a subclass with the same forward; a subclass with another forward is not known to us
+    same = (f for f in FAMILIES if isinstance(base, f.base) and type(base).forward is f.base.forward)
+    return next(same, None)
+
+
+def family_of(base: Any) -> Family:
+    """The family of a base model that `base_of` returned."""
+    family = _family(base)
+    if family is None:
+        refuse("family_of", "base", "a base model of a known family", type(base).__name__, NotImplementedError)
+    return family
+
+
 def causal_lm_of(op: str, model: Any) -> Any:
-    """The LlamaForCausalLM or Qwen2ForCausalLM that `model` is or wraps."""
+    """The CausalLM that `model` is or wraps."""
     base_of(op, model)
     inner = _inner(model)
     if not isinstance(inner, _HEADS):
@@ -56,23 +96,23 @@ def _inner(model: Any) -> Any:
 
 
 def check_supported(op: str, base: Any) -> None:
-    """Refuse what would make our attention differ from the model's: sliding windows, changing rope, odd head dims."""
-    for index, layer in enumerate(base.layers):
-        if getattr(layer.self_attn, "sliding_window", None) is not None:
-            got = f"a window of {layer.self_attn.sliding_window} in layer {index}"
-            refuse(
-                op,
-                "model",
-                "full attention in every layer (sliding windows are not supported yet)",
-                got,
-                NotImplementedError,
-            )
+    """Refuse what would make our attention differ from the model's: changing or odd rope, odd head dims."""
+    for layer in base.layers:
         D = layer.self_attn.head_dim
         if D % 8 or not 8 <= D <= MAX_HEAD_DIM:
             refuse(
                 op, "model", f"a head dim that is a multiple of 8, at most {MAX_HEAD_DIM}", f"{D}", NotImplementedError
             )
-    check_rope(op, base)
+    check_rope(op, base, partial=family_of(base).partial)
+
+
+def windows(base: Any) -> list[int | None]:
+    """The sliding window of each layer, in keys, its own included; None for full attention."""
+    kept = family_of(base).window
+    if kept is None:
+        return [None] * len(base.layers)
+    places = [layer.self_attn if kept == "layer" else layer.self_attn.config for layer in base.layers]
+    return [getattr(place, "sliding_window", None) for place in places]
 
 
 def devices(base: Any) -> list[torch.device]:

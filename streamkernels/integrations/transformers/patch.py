@@ -1,8 +1,9 @@
 """`patch(model)`: our attention in one Hugging Face model, and its exact undoing.
 
 A patched model differs from a stock one in three reversible ways: its modules hold a copy of their config that names
-our attention, its base model has one forward pre-hook, and an attribute remembers the handle. Weights, classes,
-forwards and every other model, also one built from the same config object, stay as they are.
+our attention, its base model has one forward pre-hook, and an attribute remembers the handle; in a fourth when it is
+fused: each attention module has a forward of its own. Weights, classes and every other model, also one built from the
+same config object, stay as they are.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from transformers import PreTrainedConfig
 
 from ...core.shapes import refuse
 from .attention import NAME
+from .fused import bind, unbind, why_not
 from .model import base_of, check_supported
 from .request import admit
+from .windows import MEANINGS
 
 _HANDLE = "_streamkernels_handle"
 
 
-def patch(model: nn.Module, *, require_spans: bool = False) -> Handle:
+def patch(
+    model: nn.Module, *, fused: bool | str = False, window: str = "position", require_spans: bool = False
+) -> Handle:
     """Let `model` attend through streamkernels until the handle is undone.
 
-    model: LlamaForCausalLM, LlamaModel, Qwen2ForCausalLM, Qwen2Model, or a wrapper with `get_base_model()` (PEFT), of
-    transformers >= 5.4, < 6; wrap it in PEFT before or after. Only this instance changes. Its forward then takes
+    model: a CausalLM of Llama, Qwen2 (and 2.5), Qwen3, Mistral, Gemma2 or Phi3, its base model, or a wrapper with
+    `get_base_model()` (PEFT), of transformers >= 5.4, < 6; wrap it in PEFT before or after. Only this instance changes.
+    Its forward then takes
 
     - `spans=` int32 [B, T, N, 2], N in 1, 2, 4, 8: the half-open key intervals that each token sees, over the one
       buffer of this call's keys (after those of a DynamicCache, if there is one). Differentiable; a padding mask
@@ -37,13 +43,24 @@ def patch(model: nn.Module, *, require_spans: bool = False) -> Handle:
     - `past_key_values=GroupedCache`, with `role=` (int8 [B, T] of SOURCE, TARGET, PADDING, or one int),
       `position_ids=` (required) and `source_limit=` (int32 [B, T], how much of the source a target token sees): one
       streaming step, to be committed or discarded. A 2-D `attention_mask` [B, T] turns its zeros into PADDING.
-    - neither: plain causal attention, with DynamicCache or none, with 2-D padding masks of any shape.
+    - neither: plain causal attention as the stock model's, sliding windows included, with DynamicCache or none, with
+      2-D padding masks of any shape.
 
     `position_ids` reach RoPE and nothing else: restarting, offset or gapped positions never act as packing.
     Fractional ones may be fp32.
 
+    fused: in a streaming step hand unrotated q, k, v with cos, sin and the cache to one op that rotates, writes and
+    attends, by a forward of our own on each attention module (its projections and norms are called as modules, so
+    adapters work). True refuses a model whose forward or rotation is not the one of the tested releases; "auto" then
+    goes without, and `handle.why_not_fused` says why.
+
     require_spans: refuse a forward in training that has neither spans nor a GroupedCache, as when the Hugging Face
     Trainer drops a column that the model's forward does not name.
+
+    window: what a sliding window of the model means under spans and with a GroupedCache: "position", keys less than the
+    window behind by position id, or "index", the last keys of those that a token sees. By position, the positions of
+    each segment must increase from key to key (a GroupedCache on a GPU takes that on trust, since looking would wait
+    for the device). Plain causal attention counts keys, as the stock model does.
 
     Returns a Handle (a context manager with `undo()`). Raises NotImplementedError for a model, release or option that
     is not supported and ValueError for a model that is patched already; nothing is changed then.
@@ -53,8 +70,15 @@ def patch(model: nn.Module, *, require_spans: bool = False) -> Handle:
         by_session = base.__dict__[_HANDLE].borrowers is not None
         way_out = "an open StreamSession: close it first" if by_session else "patch: undo its handle first"
         refuse("patch", "model", "a model that is not patched yet", f"one patched by {way_out}")
+    if window not in MEANINGS:
+        refuse("patch", "window", " or ".join(map(repr, MEANINGS)), repr(window))
+    if fused not in (True, False, "auto"):
+        refuse("patch", "fused", "True, False or 'auto'", repr(fused))
     check_supported("patch", base)
-    return Handle(model, base, require_spans)
+    reason = why_not(base) if fused else "patch was not asked to (fused=True)"
+    if fused is True and reason is not None:
+        refuse("patch", "fused", "an attention that is known to the last letter", reason, NotImplementedError)
+    return Handle(model, base, require_spans, window, reason)
 
 
 def handle_of(model: nn.Module) -> Handle | None:
@@ -63,12 +87,12 @@ def handle_of(model: nn.Module) -> Handle | None:
     return handle
 
 
-def borrow(model: nn.Module) -> tuple[Callable[[], bool], Callable[[], None]]:
-    """Have `model` patched until released: (whether it still is, release). A patch that exists is shared; one made
-    here is undone by its last borrower's release."""
+def borrow(model: nn.Module, fused: bool | str = False) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Have `model` patched until released: (whether it still is, release). A patch that exists is shared, fused or not;
+    one made here is undone by its last borrower's release."""
     handle = handle_of(model)
     if handle is None:
-        handle = patch(model)
+        handle = patch(model, fused=fused)
         handle.borrowers = 0
     if handle.borrowers is not None:
         handle.borrowers += 1
@@ -92,10 +116,19 @@ class _Release:
 class Handle:
     """A patched model's way back. As a context manager it undoes itself at the end, also after an exception."""
 
-    def __init__(self, model: nn.Module, base: Any, require_spans: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Any,
+        require_spans: bool = False,
+        window: str = "position",
+        why_not_fused: str | None = "",
+    ) -> None:
         self.borrowers: int | None = None  # sessions that share it, if a session made it
         self._base: Any | None = base
-        self._require_spans = require_spans
+        self._require_spans, self.window = require_spans, window
+        self.why_not_fused = why_not_fused  # None when it is fused
+        self._fused: list[nn.Module] = []
         self._hook: RemovableHandle | None = None
         self._parameters = list(inspect.signature(base.forward).parameters)
         # (module, its config, our copy); and per config (it, our copy, the copy's first state)
@@ -111,11 +144,17 @@ class Handle:
                     ours._attn_implementation = NAME
                 self._modules.append((module, original, copies[id(original)]))
                 module.__dict__["config"] = copies[id(original)]
+            self._fused = bind(base) if why_not_fused is None else []
             self._hook = base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             base.__dict__[_HANDLE] = self
         except BaseException:
             self._restore()
             raise
+
+    @property
+    def fused(self) -> bool:
+        """Whether streaming steps rotate, write and attend in one op."""
+        return self.why_not_fused is None
 
     @property
     def active(self) -> bool:
@@ -138,6 +177,7 @@ class Handle:
     def _restore(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+        unbind(self._fused)
         for module, original, ours in self._modules:
             if module.__dict__.get("config") is ours:
                 module.__dict__["config"] = original
@@ -146,7 +186,7 @@ class Handle:
             ours._attn_implementation_internal = original._attn_implementation_internal
         if self._base is not None:
             self._base.__dict__.pop(_HANDLE, None)
-        self._base, self._hook, self._modules, self._pairs = None, None, [], []
+        self._base, self._hook, self._modules, self._pairs, self._fused = None, None, [], [], []
 
     def __enter__(self) -> Handle:
         return self
@@ -163,7 +203,7 @@ class Handle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        return (), admit(module, named, require_spans=self._require_spans)
+        return (), admit(module, named, require_spans=self._require_spans, window=self.window)
 
 
 def _owners(model: nn.Module, base: Any) -> list[nn.Module]:

@@ -6,22 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...core.cache import PADDING
 from ...core.shapes import Shapes, check_int, refuse
 from .attention import NAME, ROUTE, Route, is_ours
 from .cache import GroupedCache
+from .model import windows
+from .windows import step_begins
 
 _OP = "patched forward"
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def admit(base: Any, kwargs: dict[str, Any], *, require_spans: bool = False) -> dict[str, Any]:
+def admit(
+    base: Any, kwargs: dict[str, Any], *, require_spans: bool = False, window: str = "position"
+) -> dict[str, Any]:
     """The keyword arguments with which the base model's forward goes on: the caller's, checked, and a Route.
 
-    base: LlamaModel or Qwen2Model. kwargs: all arguments of its forward by name. require_spans: see `patch`. Raises
-    ValueError, TypeError or NotImplementedError with the reason; neither the model nor a cache has been touched then.
+    base: a model that `base_of` returned. kwargs: all arguments of its forward by name. require_spans, window: see
+    `patch`. Raises ValueError, TypeError or NotImplementedError with the reason; neither the model nor a cache has been
+    touched then.
     """
     own = ("spans", "role", "source_limit")
     if not all(is_ours(layer.self_attn, kwargs.get("is_causal")) for layer in base.layers):
@@ -41,12 +46,12 @@ def admit(base: Any, kwargs: dict[str, Any], *, require_spans: bool = False) -> 
         refuse(_OP, "attention_mask", expected, mask, NotImplementedError)
     _check_positions(shapes, kwargs.get("position_ids"))
     if isinstance(kwargs.get("past_key_values"), GroupedCache):
-        return _grouped(base, shapes, kwargs)
+        return _grouped(base, shapes, kwargs, window)
     if require_spans and base.training and kwargs.get("spans") is None:
         expected = "spans= in training, as patch(model, require_spans=True) was asked to see to"
         got = "none (the Hugging Face Trainer drops them unless remove_unused_columns=False)"
         refuse(_OP, "spans", expected, got)
-    return _one_buffer(shapes, kwargs)
+    return _one_buffer(base, shapes, kwargs, window)
 
 
 def _check_model(base: Any, kwargs: dict[str, Any]) -> None:
@@ -76,7 +81,7 @@ def _check_positions(shapes: Shapes, position_ids: Any) -> None:
         Shapes(_OP, **shapes.sizes).tensor("position_ids", position_ids, "1|B T", dtype=dtypes)
 
 
-def _grouped(base: Any, shapes: Shapes, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _grouped(base: Any, shapes: Shapes, kwargs: dict[str, Any], window: str) -> dict[str, Any]:
     """The route of one streaming step over a GroupedCache."""
     cache: GroupedCache = kwargs["past_key_values"]
     stream, B, T = cache.stream, shapes["B"], shapes["T"]
@@ -106,11 +111,17 @@ def _grouped(base: Any, shapes: Shapes, kwargs: dict[str, Any]) -> dict[str, Any
         if not isinstance(role, Tensor):
             role = torch.full((B, T), role, dtype=torch.int8, device=mask.device)
         role = role.masked_fill(mask.to(role.device) == 0, PADDING)
+    route = Route(cache=cache, windows=windows(base), window=window)
+    sliding = {w for w in route.windows if w is not None}
+    if sliding:
+        keys = cache.key_positions() if window == "position" else None
+        limit = kwargs.get("source_limit")
+        route.begins = step_begins(keys, stream, kwargs["position_ids"], role, limit, sliding)
     cache.grant(len(base.layers))
-    return {**kwargs, "attention_mask": None, "role": role, ROUTE: Route(cache=cache)}
+    return {**kwargs, "attention_mask": None, "role": role, ROUTE: route}
 
 
-def _one_buffer(shapes: Shapes, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _one_buffer(base: Any, shapes: Shapes, kwargs: dict[str, Any], window: str) -> dict[str, Any]:
     """The routes over one buffer of keys: declared spans, or plain causal."""
     for name in ("role", "source_limit"):
         if kwargs.get(name) is not None:
@@ -129,9 +140,14 @@ def _one_buffer(shapes: Shapes, kwargs: dict[str, Any]) -> dict[str, Any]:
         Shapes(_OP, B=shapes["B"], T=shapes["T"]).tensor("spans", spans, "B T N 2", dtype=torch.int32)
         if spans.shape[2] not in (1, 2, 4, 8):
             refuse(_OP, "spans", "1, 2, 4 or 8 slots", f"{spans.shape[2]} slots")
-    return {**kwargs, ROUTE: Route()}
+        if seen and any(w is not None for w in windows(base)):
+            expected = "no cached keys beside spans in a model with sliding windows"
+            refuse(_OP, "past_key_values", expected, f"{seen} keys", NotImplementedError)
+    return {**kwargs, ROUTE: Route(window=window)}
 
 
 def _is_plain(cache: Any) -> bool:
-    """A DynamicCache whose every layer hands over exactly the valid keys."""
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    """A DynamicCache whose every layer hands over exactly the valid keys, or the last of them, as many as its window
+    shows."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ...core.cache import SOURCE, TARGET
 from ...core.shapes import check_number, refuse
-from ...streaming import Codec, Policy, Session
+from ...streaming import Codec, Policy, Session, StreamModel
+from ...streaming.batch import Row
+from ...streaming.protocols import Decoder
+from .batch import PatchedBatch
 from .cache import GroupedCache
-from .codec import codec_for
+from .codec import Tokens, codec_for, ends_of, tokens_of
 from .model import base_of, causal_lm_of
 from .patch import borrow
-
-Tokens = str | Sequence[int]
 
 
 class PatchedModel:
@@ -51,8 +52,8 @@ class PatchedModel:
         n, m = len(source), len(target)
         device = self._base.embed_tokens.weight.device
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([[*source, *target]], device=device),
-            "position_ids": self._positions(n, m).to(device),
+            "input_ids": torch.tensor([[*source, *target]]).to(device, non_blocking=True),
+            "position_ids": self._positions(n, m).to(device, non_blocking=True),
             "past_key_values": self.cache,
             "role": SOURCE if not m else TARGET,
             "use_cache": True,
@@ -61,7 +62,8 @@ class PatchedModel:
             # on the CPU the cache counts it exactly, without waiting for a device
             inputs["role"] = torch.tensor([[SOURCE] * n + [TARGET] * m], dtype=torch.int8)
         if m:
-            inputs["source_limit"] = torch.tensor([[0] * n + list(limits)], dtype=torch.int32, device=device)
+            seen = torch.tensor([[0] * n + list(limits)], dtype=torch.int32)
+            inputs["source_limit"] = seen.to(device, non_blocking=True)
             logits = self._lm(**inputs, logits_to_keep=m).logits[0]
         else:
             self._base(**inputs)
@@ -92,6 +94,15 @@ class PatchedModel:
         self.cache.stream.pop(n, TARGET)
         self._lengths[TARGET] -= n
 
+    def truncate(self, source: int, target: int) -> None:
+        """Keep the first rows of each segment."""
+        if self.cache.stream.bounded:
+            got = "a bounded cache, whose ring may have lost what stood there"
+            refuse("Session.rollback", "cache", "an unbounded cache", got, NotImplementedError)
+        for role, keep in ((SOURCE, source), (TARGET, target)):
+            self.cache.stream.pop(self._lengths[role] - keep, role)
+            self._lengths[role] = keep
+
     def reset(self) -> None:
         """Forget everything."""
         self.cache.reset()
@@ -101,15 +112,17 @@ class PatchedModel:
 class StreamSession(Session):
     """A `streamkernels.Session` over a Hugging Face model: `read(word)`, `end()`, `write()`, or `run(words)`.
 
-    model: LlamaForCausalLM or Qwen2ForCausalLM (or a PEFT wrapper), patched or not; one that is not is patched until
+    model: a CausalLM that `patch` accepts (or a PEFT wrapper of one), patched or not; one that is not is patched until
     `close()`, the end of a `with` block, or until the session is garbage. tokenizer: a Hugging Face tokenizer; None
     with a `codec` and prompt, header and source_end as ids. policy: any of `streamkernels.streaming.policies`.
     prompt, header, source_end: tokens before the source, before the target (at least one token; its last predicts the
     first word) and after the source: text, in which special tokens count as such (a chat template's pieces), or ids.
     offset: position of the first target token, any number (the scheme of arXiv 2505.16983; 0 by default). codec: the
     text border, by default `codec_for(tokenizer)` with the end tokens of the model's generation config and of the
-    tokenizer. cache: a GroupedCache of one row, say a bounded one; by default a growing one. sample,
-    max_target_tokens, max_word_tokens, clock: see `Session`.
+    tokenizer. cache: a GroupedCache of one row, say a bounded one; by default a growing one. decoder: say a `Decoding`,
+    for logits processors, stopping criteria, sampling and streamers. fused: as for `patch`, if the model is not patched
+    yet. graphs: replay CUDA graphs, as in `SessionBatch`; needs a fixed cache. sample, max_target_tokens,
+    max_word_tokens, clock: see `Session`.
 
     Every step runs in inference mode. Raises what `patch` raises, and ValueError for a cache of more than one row.
     """
@@ -127,6 +140,9 @@ class StreamSession(Session):
         codec: Codec | None = None,
         cache: GroupedCache | None = None,
         sample: Callable[[Tensor], int] | None = None,
+        decoder: Decoder | None = None,
+        fused: bool | str = False,
+        graphs: bool = False,
         max_target_tokens: int = 1024,
         max_word_tokens: int = 50,
         clock: Callable[[], float] = time.perf_counter,
@@ -135,22 +151,26 @@ class StreamSession(Session):
         if cache is not None and (not isinstance(cache, GroupedCache) or cache.stream.batch != 1):
             refuse("StreamSession", "cache", "a GroupedCache of one row", cache)
         texts = {"prompt": prompt, "header": header, "source_end": source_end}
-        ids = {name: _tokens(tokenizer, name, text) for name, text in texts.items()}
-        codec = codec or codec_for(tokenizer, _ends(lm, tokenizer))
+        ids = {name: tokens_of("StreamSession", tokenizer, name, text) for name, text in texts.items()}
+        codec = codec or codec_for(tokenizer, ends_of(lm, tokenizer))
         cache = cache or GroupedCache.for_model(model)
-        active, release = borrow(model)
+        active, release = borrow(model, fused)
         self._release = weakref.finalize(self, release)
         self._release.atexit = False
         self.cache = cache
         try:
+            patched: StreamModel = PatchedModel(model, cache, offset=offset, active=active)
+            if graphs:
+                patched = Row(PatchedBatch(model, cache, offset=offset, active=active, graphs=True), 0)
             super().__init__(
-                PatchedModel(model, cache, offset=offset, active=active),
+                patched,
                 codec,
                 policy,
                 header=ids["header"],
                 prompt=ids["prompt"],
                 source_end=ids["source_end"],
                 sample=sample,
+                decoder=decoder,
                 max_target_tokens=max_target_tokens,
                 max_word_tokens=max_word_tokens,
                 clock=clock,
@@ -170,19 +190,3 @@ class StreamSession(Session):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _tokens(tokenizer: Any, name: str, text: Tokens) -> list[int]:
-    if not isinstance(text, str):
-        return list(text)
-    if tokenizer is None:
-        refuse("StreamSession", name, "token ids when there is no tokenizer", text)
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _ends(lm: Any, tokenizer: Any) -> frozenset[int]:
-    """End tokens of the target: those of the model's generation config and the tokenizer's."""
-    config = getattr(lm, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ends = list(found) if isinstance(found, (list, tuple)) else [found]
-    return frozenset(e for e in [*ends, getattr(tokenizer, "eos_token_id", None)] if e is not None)

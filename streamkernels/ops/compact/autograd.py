@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradient import register_gradient
 from .schema import LIBRARY, OP
 
 
@@ -31,7 +32,5 @@ def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     return ddy, None, None, None, None, None
 
 
-torch.library.register_autograd(f"streamkernels::{OP}", _backward, setup_context=_save, lib=LIBRARY)
-torch.library.register_autograd(
-    f"streamkernels::{OP}_backward", _backward_backward, setup_context=_save_backward, lib=LIBRARY
-)
+register_gradient(LIBRARY, OP, _backward, _save)
+register_gradient(LIBRARY, f"{OP}_backward", _backward_backward, _save_backward)

@@ -105,6 +105,7 @@ def incremental_prefill(
         "bounded": cache.bounded,
         "sink_logits": sink_logits is not None,
         "softcap": softcap != 0.0,
+        "scale": scale <= 0,
         "interleaved": interleaved,
         "rotated": cos is None,
         "backward": backward,

@@ -40,7 +40,8 @@ BUFFERS, STATUS, BLOCK_TABLE = slice(5, 9), 10, 16
 BACKWARD_BLOCK_TABLE, BACKWARD_SINK_LOGITS = 19, 24
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """What `torch.ops.streamkernels.incremental_prefill` does, without the dispatcher."""
     *call, backend = arguments
     _refuse_blocks(call.pop(BLOCK_TABLE))
     room = {"reference": reference, "triton": triton, "cuda": cuda}[backend]
@@ -56,7 +57,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *call, backend = arguments
     _refuse_blocks(call.pop(BACKWARD_BLOCK_TABLE))
-    room = {"reference": reference, "triton": triton, "cuda": cuda}[backend]
+    if backend == "cuda":
+        backend = cuda.gradient(call[2].dtype)
+    room = {"reference": reference, "triton": triton}[backend]
     with torch.no_grad():
         dq, dk, dv, dsink_logits = room.incremental_prefill_backward(*call)  # type: ignore[attr-defined]
     return dq, dk, dv, dsink_logits
@@ -89,7 +92,7 @@ def _refuse_blocks(block_table: Tensor | None) -> None:
 
 
 for name, implementation, fake in (
-    ("incremental_prefill", _forward, _fake_forward),
+    ("incremental_prefill", run, _fake_forward),
     ("incremental_prefill_backward", _backward, _fake_backward),
 ):
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")

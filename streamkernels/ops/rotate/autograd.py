@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradient import register_gradient
 from .schema import LIBRARY, OP
 
 
@@ -31,4 +32,4 @@ def _backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(f"streamkernels::{OP}", _backward, setup_context=_save, lib=LIBRARY)
+register_gradient(LIBRARY, OP, _backward, _save)

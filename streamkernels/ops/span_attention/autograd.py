@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradient import register_gradient
 from .schema import LIBRARY, OP, SINK_LOGITS
 
 
@@ -31,5 +32,5 @@ def _refuse_twice(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(f"{OP}: expected one backward, got a backward through its backward (create_graph=True)")
 
 
-torch.library.register_autograd(f"streamkernels::{OP}", _backward, setup_context=_save, lib=LIBRARY)
-torch.library.register_autograd(f"streamkernels::{OP}_backward", _refuse_twice, lib=LIBRARY)
+register_gradient(LIBRARY, OP, _backward, _save)
+register_gradient(LIBRARY, f"{OP}_backward", _refuse_twice)

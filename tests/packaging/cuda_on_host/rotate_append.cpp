@@ -1,7 +1,9 @@
 // The extension with its kernels run on the host: the real bindings, plan and kernel source, a stand-in for the launch.
 #include "cuda_on_host.h"
 
+#include "incremental_prefill/plan.h"
 #include "rotate_append/kernel.cuh"
+#include "streamkernels/error.h"
 #include "streamkernels/runtime.h"
 
 // of the machine that plans are made for
@@ -27,6 +29,26 @@ std::string unavailable_reason(int) {
 std::string toolkit_version() {
   return "host";
 }
+
+uint64_t capture_id(uintptr_t) {
+  return 0;
+}
+
+namespace incremental_prefill {
+
+// the kernel itself needs tensor cores; what it plans with is tested below
+const char* refusal(const Params&, DType, int) {
+  return nullptr;
+}
+Workspace workspace(const Params&, DType, int) {
+  return {1, 1};
+}
+void launch(const Params&, DType, int, uintptr_t) {
+  throw NotSupported("incremental_prefill: not on the host");
+}
+void preload(int) {}
+
+}  // namespace incremental_prefill
 
 namespace rotate_append {
 
@@ -69,5 +91,48 @@ EXPORT void plan_of(int B, int HK, int T, int D, int width, int element_size, bo
   const auto plan = sk::rotate_append::make_plan(p, width, element_size, processors);
   const int64_t all[] = {plan.threads, plan.rows, plan.heads, plan.tiles, plan.groups, plan.blocks};
   std::copy(std::begin(all), std::end(all), out);
+}
+
+// The plan of one session of incremental_prefill, a segment at a time. in: per segment (capacity, sinks, window), then
+// ring_sinks, the lengths, T, keys of a tile; rows: per row (role, limit, source begin, target begin). out: per segment
+// (total, held, lowest, end, sinks) and (sink tiles, first tile, tiles), then the steps; sights: per row (begin, end)
+// of the source and of the target.
+EXPORT void session_of(const int* in, const int* rows, int* out, int* sights) {
+  using namespace sk::incremental_prefill;
+  Params p{};
+  for (int s = 0; s < 2; ++s) {
+    p.segments[s].capacity = in[3 * s];
+    p.segments[s].sinks = in[3 * s + 1];
+    p.segments[s].window = in[3 * s + 2];
+  }
+  p.ring_sinks = in[6];
+  p.T = in[9];
+  Census census = no_rows();
+  for (int t = 0; t < p.T; ++t) count_row(census, rows[4 * t], rows[4 * t + 2], rows[4 * t + 3], rows[4 * t + 1]);
+  const Session session = session_of(p, census, in[7], in[8], in[10]);
+  for (int s = 0; s < 2; ++s) {
+    const View& v = session.views[s];
+    const Tiles& t = session.tiles[s];
+    const int all[] = {v.total, v.held, v.lowest, v.end, v.sinks, t.sinks, t.first, t.tiles};
+    out = std::copy(std::begin(all), std::end(all), out);
+  }
+  *out = steps_of(session, p.T, in[10]);
+  int ranks[2] = {0, 0};
+  for (int t = 0; t < p.T; ++t) {
+    const int* row = rows + 4 * t;
+    const bool target = row[0] == sk::kTarget;
+    const int own = session.views[target].length + (row[0] == 0 || row[0] == 1 ? ranks[target]++ : 0);
+    const Sight a = source_sight(session.views[0], p.segments[0].window, row[0], own, row[2], row[1]);
+    const Sight b = target_sight(session.views[1], p.segments[1].window, row[0], own, row[3]);
+    const int both[] = {a.begin, a.end, b.begin, b.end};
+    sights = std::copy(std::begin(both), std::end(both), sights);
+  }
+}
+
+// steps of an item and of a share when `items` of `steps` are alike
+EXPORT void shares_of(int items, int steps, int workers, int smallest, int* out) {
+  const auto s = sk::incremental_prefill::even_shares(items, steps, workers, workers / items, smallest);
+  out[0] = s.per_item;
+  out[1] = s.share;
 }
 }

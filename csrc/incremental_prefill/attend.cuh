@@ -1,0 +1,216 @@
+// One warp, 16 query rows, the keys of one tile: online softmax (Milakov and Gimelshein, arXiv 1805.02867) around two
+// products (FlashAttention-2, arXiv 2307.08691, algorithm 1). Maxima are in units of log2(e): weights are 2^(s - m).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "incremental_prefill/rows.cuh"
+#include "incremental_prefill/tiles.cuh"
+
+namespace sk::incremental_prefill {
+
+// A thread's part: rows lane / 4 and + 8, columns 2 (lane % 4) and + 1 of every eight.
+template <class S>
+struct State {
+  float o[S::D / 8][4];
+  float m[2], l[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < S::D / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0.f;
+  }
+};
+
+// Where this lane's fragments of q, k and v begin.
+template <class S>
+struct Fragments {
+  static constexpr int kHeld = S::kQueryInRegisters ? S::D / 16 : 1;
+  Lane<S::D, S::kRows> q;
+  Lane<S::D, S::kKeys> k, v;
+  uint32_t query_tile;
+  uint32_t row_bytes, key_bytes;  // of the warpgroup's first row and key in a panel
+  uint32_t held[kHeld][4];
+
+  __device__ __forceinline__ Fragments(uint32_t tile, int first_row, int first_key)
+      : q(first_row + threadIdx.x % 16, threadIdx.x / 16 % 2),
+        k(first_key + threadIdx.x / 16 % 2 * 8 + threadIdx.x % 8, threadIdx.x / 8 % 2),
+        v(first_key + threadIdx.x % 16, threadIdx.x / 16 % 2),
+        query_tile(tile),
+        row_bytes(first_row / 64 * 64 * 128),
+        key_bytes(first_key * 128) {}
+
+  // once the query tile is there
+  __device__ __forceinline__ void read_queries() {
+    if constexpr (S::kQueryInRegisters) {
+#pragma unroll
+      for (int i = 0; i < S::D / 16; ++i) load_matrices(held[i], q.at(query_tile, i, 0));
+    }
+  }
+};
+
+// s = q k^T for the warp's keys of the tile at `keys`.
+template <class S>
+__device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
+  if constexpr (S::kWgmma) {
+    open_products();
+#pragma unroll
+    for (int i = 0; i < S::D / 16; ++i) {
+      const uint64_t k = describe(keys + f.key_bytes + i / 4 * S::kKeys * 128 + i % 4 * 32, 16);
+      using Scores = Product<typename S::Element, S::kWarpKeys, false>;
+      if constexpr (S::kQueryInRegisters) {
+        Scores::run(s, f.held[i], k, i > 0);
+      } else {
+        Scores::run(s, describe(f.query_tile + f.row_bytes + i / 4 * S::kRows * 128 + i % 4 * 32, 16), k, i > 0);
+      }
+    }
+    finish_products();
+  } else {
+#pragma unroll
+    for (int n = 0; n < S::kWarpKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+#pragma unroll
+    for (int i = 0; i < S::D / 16; ++i) {
+      uint32_t a[4];
+      if constexpr (S::kQueryInRegisters) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) a[j] = f.held[i][j];
+      } else {
+        load_matrices(a, f.q.at(f.query_tile, i, 0));
+      }
+#pragma unroll
+      for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+        uint32_t k[4];
+        load_matrices(k, f.k.at(keys, i, n));
+        multiply_add(typename S::Element{}, s[2 * n], a, k[0], k[1]);
+        multiply_add(typename S::Element{}, s[2 * n + 1], a, k[2], k[3]);
+      }
+    }
+  }
+}
+
+// o += p v
+template <class S>
+__device__ __forceinline__ void add_values(State<S>& state, const Fragments<S>& f,
+                                           const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
+  if constexpr (S::kWgmma) {
+    open_products();
+#pragma unroll
+    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+      const uint64_t v = describe(values + f.key_bytes + n * 16 * 128, S::kKeys * 128);
+      Product<typename S::Element, S::D, true>::run(state.o, p[n], v, true);
+    }
+    finish_products();
+  } else {
+#pragma unroll
+    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+#pragma unroll
+      for (int i = 0; i < S::D / 16; ++i) {
+        uint32_t v[4];
+        load_matrices_transposed(v, f.v.at(values, i, n));
+        multiply_add(typename S::Element{}, state.o[2 * i], p[n], v[0], v[1]);
+        multiply_add(typename S::Element{}, state.o[2 * i + 1], p[n], v[2], v[3]);
+      }
+    }
+  }
+}
+
+// score -> softcap * tanh(score / softcap), in units of log2(e)
+template <class S>
+__device__ __forceinline__ void cap_scores(float (&s)[S::kWarpKeys / 8][4], float inner, float outer) {
+  // tanh(x) = 1 - 2 / (1 + e^(2x)), exact at both ends
+  const float twice = inner * 2.885390081777927f;
+#pragma unroll
+  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s[n][j] = outer - __fdividef(2.f * outer, 1.f + exp2_fast(s[n][j] * twice));
+  }
+}
+
+// Weights may grow to 2^kSlack before o and l are rescaled: maxima rise often, but rarely by much.
+constexpr float kSlack = 8.f;
+
+// Folds scores into (m, l), rescales o if it must, and leaves the weights as a product's left side.
+template <class S>
+__device__ __forceinline__ void update(State<S>& state, const float (&s)[S::kWarpKeys / 8][4], float scale,
+                                       uint32_t (&p)[S::kWarpKeys / 16][4]) {
+  constexpr int kBlocks = S::kWarpKeys / 8;
+  float top[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    top[i] = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
+#pragma unroll
+    for (int n = 1; n < kBlocks; ++n) top[i] = fmaxf(top[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+    top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
+    top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2)) * scale;
+  }
+  const bool raise[2] = {top[0] > state.m[0] + kSlack, top[1] > state.m[1] + kSlack};
+  if (__any_sync(~0u, raise[0] || raise[1])) {
+    float alpha[2] = {1.f, 1.f};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!raise[i]) continue;
+      alpha[i] = exp2_fast(state.m[i] - top[i]);
+      state.m[i] = top[i];
+      state.l[i] *= alpha[i];
+    }
+#pragma unroll
+    for (int i = 0; i < S::D / 8; ++i) {
+      state.o[i][0] *= alpha[0], state.o[i][1] *= alpha[0];
+      state.o[i][2] *= alpha[1], state.o[i][3] *= alpha[1];
+    }
+  }
+  const float shift[2] = {state.m[0] == -INFINITY ? 0.f : state.m[0], state.m[1] == -INFINITY ? 0.f : state.m[1]};
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    float w[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      w[j] = exp2_fast(fmaf(s[n][j], scale, -shift[j / 2]));
+      state.l[j / 2] += w[j];
+    }
+    p[n / 2][n % 2 * 2] = pack(typename S::Element{}, w[0], w[1]);
+    p[n / 2][n % 2 * 2 + 1] = pack(typename S::Element{}, w[2], w[3]);
+  }
+}
+
+// Hides what the two rows of this thread do not see of one segment: keys [first, + kWarpKeys) by stream index.
+template <class S>
+__device__ __forceinline__ void mask_old(float (&s)[S::kWarpKeys / 8][4], const Sight (&sights)[2], int sinks,
+                                         int first) {
+  const int column = first + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (!sees(sights[j / 2], sinks, column + 8 * n + j % 2)) s[n][j] = -INFINITY;
+    }
+  }
+}
+
+// The same for rows [first, + kWarpKeys) of the call itself; `t`: the thread's two rows.
+template <class S>
+__device__ __forceinline__ void mask_fresh(float (&s)[S::kWarpKeys / 8][4], const Rows2& rows, const int (&t)[2],
+                                           const View (&views)[2], int T, int first) {
+  const int column = first + threadIdx.x % 4 * 2;
+  const int4 sights[2] = {rows.sights[t[0]], rows.sights[t[1]]};
+#pragma unroll
+  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int key = column + 8 * n + c;
+      const int code = key < T ? rows.code[key] : kNoKey;
+      const int index = index_of(code);
+      const bool target = segment_of(code) == kTarget;
+      const int sinks = target ? views[1].sinks : views[0].sinks;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Sight sight = target ? Sight{sights[i].z, sights[i].w} : Sight{sights[i].x, sights[i].y};
+        if (code == kNoKey || !sees(sight, sinks, index)) s[n][2 * i + c] = -INFINITY;
+      }
+    }
+  }
+}
+
+}  // namespace sk::incremental_prefill

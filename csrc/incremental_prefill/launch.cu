@@ -1,0 +1,234 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <mutex>
+
+#include "incremental_prefill/instance.h"
+#include "incremental_prefill/tuning.h"
+#include "streamkernels/error.h"
+#include "streamkernels/numbers.cuh"
+#include "streamkernels/runtime.h"
+
+namespace sk::incremental_prefill {
+
+extern template const Instance* instances<BFloat16, 64>();
+extern template const Instance* instances<BFloat16, 96>();
+extern template const Instance* instances<BFloat16, 128>();
+extern template const Instance* instances<BFloat16, 256>();
+extern template const Instance* instances<Float16, 64>();
+extern template const Instance* instances<Float16, 96>();
+extern template const Instance* instances<Float16, 128>();
+extern template const Instance* instances<Float16, 256>();
+
+namespace {
+
+constexpr int kHeadDims[] = {64, 96, 128, 256};
+constexpr int kMaxStages = 6, kMaxDevices = 64, kClusterSizes = 4;  // clusters of 1, 2, 4, 8 blocks
+constexpr int kWorthABlock = 128;                                   // keys
+constexpr float kLog2E = 1.4426950408889634f;
+
+template <typename Element>
+const Instance* of_type(int D) {
+  switch (D) {
+    case 64:
+      return instances<Element, 64>();
+    case 96:
+      return instances<Element, 96>();
+    case 128:
+      return instances<Element, 128>();
+    case 256:
+      return instances<Element, 256>();
+    default:
+      return nullptr;
+  }
+}
+
+const Instance* table(DType dtype, int D) {
+  return dtype == DType::kBFloat16 ? of_type<BFloat16>(D) : of_type<Float16>(D);
+}
+
+// What does not change while the process lives, asked once per device.
+struct Machine {
+  int processors = 0, shared = 0;
+  bool clusters = false;
+};
+
+const Machine& machine(int device) {
+  static Machine known[kMaxDevices];
+  static std::once_flag asked[kMaxDevices];
+  if (device < 0 || device >= kMaxDevices) throw CudaError(cudaErrorInvalidDevice, "no such CUDA device");
+  std::call_once(asked[device], [device] {
+    Machine& m = known[device];
+    int major = 0;
+    check(cudaDeviceGetAttribute(&m.processors, cudaDevAttrMultiProcessorCount, device), "asking the device");
+    check(cudaDeviceGetAttribute(&m.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking the device");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking the device");
+    m.clusters = major >= 9;
+  });
+  return known[device];
+}
+
+struct Config {
+  const Instance* instance;
+  int cluster;  // blocks
+  int stages, shared;
+  int items;
+};
+
+int stages_that_fit(const Instance& i, int header, int shared) {
+  return std::min(kMaxStages, (shared - header - i.query) / i.stage);
+}
+
+bool fits(const Instance& i, int header, int shared) {
+  return stages_that_fit(i, header, shared) >= 1 && header + i.out <= shared;
+}
+
+Config configure(const Params& p, DType dtype, int device) {
+  const Machine& m = machine(device);
+  const Instance* all = table(dtype, p.D);
+  const int rows = p.T * (p.H / p.HK);
+  int i = 0;
+  while (i + 1 < kInstances && all[i].rows < rows && fits(all[i + 1], all[i + 1].header(p.T, p.B), m.shared)) ++i;
+  if (tuning().rows) {
+    for (i = 0; i + 1 < kInstances && all[i].rows < tuning().rows;) ++i;
+  }
+  Config c{&all[i], 1, 0, 0, 0};
+  const int header = c.instance->header(p.T, p.B);
+  c.stages = stages_that_fit(*c.instance, header, m.shared);
+  c.shared = header + std::max(c.instance->query + c.stages * c.instance->stage, c.instance->out);
+  c.items = p.B * p.HK * ((rows + c.instance->rows - 1) / c.instance->rows);
+  if (m.clusters) {
+    while (c.cluster < 8 && c.items * c.cluster * 2 <= m.processors) c.cluster *= 2;
+    if (tuning().cluster) c.cluster = tuning().cluster;
+  }
+  return c;
+}
+
+// Clusters of `c` that the device runs at once; lets the kernel have its shared memory. Asked once.
+int workers_of(const Config& c, int device) {
+  static std::atomic<int> known[kMaxDevices][2][4][kInstances][kClusterSizes];
+  const Instance& i = *c.instance;
+  int dtype = 0, dim = 0, tile = 0, size = 0;
+  for (dtype = 0; dtype < 2; ++dtype) {
+    for (dim = 0; dim < 4; ++dim) {
+      const Instance* all = table(dtype ? DType::kBFloat16 : DType::kFloat16, kHeadDims[dim]);
+      if (&i >= all && &i < all + kInstances) {
+        tile = static_cast<int>(&i - all);
+        goto found;
+      }
+    }
+  }
+found:
+  while (1 << size < c.cluster) ++size;
+  std::atomic<int>& slot = known[device][dtype][dim][tile][size];
+  int workers = slot.load(std::memory_order_relaxed);
+  if (workers > 0) return workers;
+  const Machine& m = machine(device);
+  check(cudaFuncSetAttribute(i.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, m.shared),
+        "incremental_prefill: asking for shared memory");
+  workers = m.processors / c.cluster;
+  if (c.cluster > 1) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
+    config.gridDim = dim3(workers * c.cluster);
+    config.blockDim = dim3(i.threads);
+    config.dynamicSmemBytes = m.shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int most = 0;
+    check(cudaOccupancyMaxActiveClusters(&most, i.kernel, &config), "incremental_prefill: counting clusters");
+    workers = std::max(1, std::min(workers, most));
+  }
+  slot.store(workers, std::memory_order_relaxed);
+  return workers;
+}
+
+bool wide_angles(const Params& p) {
+  if (p.rotary_dim == 0) return true;
+  const int size = p.angles_fp32 ? 4 : 2;
+  return p.rotary_dim % 16 == 0 && aligned(p.cosine, size) && aligned(p.sine, size);
+}
+
+}  // namespace
+
+Tuning& tuning() {
+  static Tuning t;
+  return t;
+}
+
+const char* refusal(const Params& p, DType dtype, int device) {
+  for (const Segment& s : p.segments) {
+    if (s.capacity > 0 && !(aligned(s.k, 2) && aligned(s.v, 2))) {
+      return "the rows of the cache do not lie on 16-byte borders";
+    }
+  }
+  const Instance& smallest = table(dtype, p.D)[0];
+  if (!fits(smallest, smallest.header(p.T, p.B), machine(device).shared)) {
+    return "the device has too little shared memory for a block";
+  }
+  return nullptr;
+}
+
+Workspace workspace(const Params& p, DType dtype, int device) {
+  const Config c = configure(p, dtype, device);
+  const size_t workers = machine(device).processors / c.cluster;
+  return {static_cast<size_t>(c.items) * c.cluster, 2 * workers * c.instance->partial * sizeof(float)};
+}
+
+void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
+  const DeviceGuard guard(device);
+  const Config c = configure(p, dtype, device);
+  const int workers = workers_of(c, device);
+  Plan plan{};
+  plan.stages = c.stages;
+  const int steps = std::max(1, (tuning().smallest ? tuning().smallest : kWorthABlock) / c.instance->keys) * c.cluster;
+  while (1 << (plan.smallest + 1) <= steps) ++plan.smallest;
+  plan.R = p.H / p.HK;
+  plan.by_R = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.R - 1) / plan.R);
+  plan.tiles_m = c.items / (p.B * p.HK);
+  plan.workers_each = workers / c.items;
+  const bool angles = wide_angles(p);
+  plan.wide_q = angles && aligned(p.q, 2);
+  plan.wide_kv = angles && aligned(p.k, 2) && aligned(p.v, 2);
+  const float size = std::fabs(p.scale);
+  plan.sign = p.scale > 0.f ? 1.f : p.scale < 0.f ? -1.f : 0.f;
+  plan.scale = p.scale == 0.f ? 1.f : size * kLog2E;
+  if (p.softcap != 0.f) {
+    plan.inner = p.scale == 0.f ? 1.f : size / p.softcap;
+    plan.outer = p.softcap * kLog2E;
+    plan.scale = 1.f;
+  }
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  config.gridDim = dim3(workers * c.cluster);
+  config.blockDim = dim3(c.instance->threads);
+  config.dynamicSmemBytes = c.shared;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  if (c.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, c.instance->kernel, p, plan), "incremental_prefill: launching");
+}
+
+void preload(int device) {
+  const DeviceGuard guard(device);
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (const int D : kHeadDims) {
+      const Instance* all = table(dtype, D);
+      for (int i = 0; i < kInstances; ++i) {
+        for (int size = 1; size <= (machine(device).clusters ? 8 : 1); size *= 2) {
+          if (fits(all[i], all[i].header(1, 1), machine(device).shared)) workers_of({&all[i], size, 0, 0, 0}, device);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace sk::incremental_prefill

@@ -1,0 +1,115 @@
+// Joining partial results (m, l, o): o = sum 2^(m_i - m) o_i, l = sum 2^(m_i - m) l_i with m = max m_i. First the warps
+// of a block, then the blocks of a cluster, which reduce a slice of the rows each, then clusters, by counters: of the
+// blocks that hold one slice the last to arrive joins it, always in the same order. Nobody ever waits for a block that
+// may not be running.
+#pragma once
+
+#include <cstdint>
+
+#include "incremental_prefill/cluster.cuh"
+#include "incremental_prefill/instance.h"
+#include "incremental_prefill/mma.cuh"
+#include "incremental_prefill/params.h"
+#include "incremental_prefill/rows.cuh"
+
+namespace sk::incremental_prefill {
+
+// Four columns of one row.
+struct Part {
+  float m, l;
+  float4 o;
+};
+
+// `statistics(i)` -> (m, l) of source i, `values(i)` -> its o. All reads of up to MOST sources are under way at once.
+// WRITTEN: o is there even for a source that saw nothing; else it is not read.
+template <int MOST, bool WRITTEN, typename Statistics, typename Values>
+__device__ __forceinline__ void join(Part& part, int n, Statistics statistics, Values values) {
+  float2 ml[MOST];
+  float4 o[MOST];
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) ml[i] = i < n ? statistics(i) : make_float2(-INFINITY, 0.f);
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) {
+    o[i] = (WRITTEN ? i < n : ml[i].y != 0.f) ? values(i) : make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+  float m = part.m;
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) m = fmaxf(m, ml[i].x);
+  const float shift = m == -INFINITY ? 0.f : m, before = exp2_fast(part.m - shift);
+  part.m = m;
+  part.l *= before;
+  part.o.x *= before, part.o.y *= before, part.o.z *= before, part.o.w *= before;
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) {
+    const float weight = exp2_fast(ml[i].x - shift);
+    part.l += weight * ml[i].y;
+    part.o.x += weight * o[i].x, part.o.y += weight * o[i].y;
+    part.o.z += weight * o[i].z, part.o.w += weight * o[i].w;
+  }
+}
+__device__ __forceinline__ Part nothing() {
+  return {-INFINITY, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+}
+
+// Where the rows of one tile go.
+struct Target {
+  int b, hk, first_row;
+};
+
+template <class S>
+__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, const Rows2& rows, int row,
+                                       int column, Part part) {
+  using Element = typename S::Element;
+  const int at = to.first_row + row, t = divide_by_R(plan, at), h = to.hk * plan.R + at - t * plan.R;
+  if (rows.sights[t].y < 0) part = nothing();
+  const float lse = part.l == 0.f ? -INFINITY : (part.m + log2_fast(part.l)) * 0.6931471805599453f;
+  float gate = part.l == 0.f ? 0.f : 1.f / part.l;
+  if (p.sink_logits != nullptr && part.l != 0.f) {
+    const float logit = p.sink_logits_fp32 ? static_cast<const float*>(p.sink_logits)[h]
+                                           : to_float(static_cast<const Element*>(p.sink_logits)[h]);
+    gate *= 1.f / (1.f + expf(logit - lse));
+  }
+  const int64_t row_at = (int64_t{to.b} * p.T + t) * p.H + h;
+  const uint2 packed = {pack(Element{}, part.o.x * gate, part.o.y * gate),
+                        pack(Element{}, part.o.z * gate, part.o.w * gate)};
+  *reinterpret_cast<uint2*>(static_cast<Element*>(p.o) + row_at * S::D + column) = packed;
+  if (column == 0) p.lse[(int64_t{to.b} * p.H + h) * p.T + t] = lse;
+}
+
+// The two partial results that a worker may leave for others: of the item it begins in, and of the item it ends in.
+template <class S>
+struct Partial {
+  float* o;  // [kRows, D], then (m, l) [kRows, 2]
+
+  static constexpr int64_t kFloats = int64_t{S::kRows} * (S::D + 2);
+
+  __device__ __forceinline__ Partial(float* all, int worker, bool begins_inside)
+      : o(all + (int64_t{worker} * 2 + (begins_inside ? 0 : 1)) * kFloats) {}
+  __device__ __forceinline__ void put(int row, int column, const Part& part) const {
+    __stcg(reinterpret_cast<float4*>(o + row * S::D + column), part.o);
+    if (column == 0) __stcg(reinterpret_cast<float2*>(o + S::kRows * S::D + 2 * row), make_float2(part.m, part.l));
+  }
+  __device__ __forceinline__ float2 statistics(int row) const {
+    return __ldcg(reinterpret_cast<const float2*>(o + S::kRows * S::D + 2 * row));
+  }
+  __device__ __forceinline__ float4 values(int row, int column) const {
+    return __ldcg(reinterpret_cast<const float4*>(o + row * S::D + column));
+  }
+};
+
+// Counts the block in, behind what it wrote; true in the last of `n`, which then sees what all wrote. Leaves the
+// counter at zero for the next launch.
+__device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t n, int* shared_flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // releases what the barrier has gathered, acquires what the others released
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(counter) : "memory");
+    if (before == n - 1) *counter = 0;
+    *shared_flag = before == n - 1;
+  }
+  __syncthreads();
+  return *shared_flag != 0;
+}
+
+}  // namespace sk::incremental_prefill

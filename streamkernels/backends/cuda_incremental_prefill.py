@@ -1,0 +1,157 @@
+"""`incremental_prefill` on the CUDA kernel: packs a call into words, which csrc/incremental_prefill/call.cpp reads."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _ext
+
+if TYPE_CHECKING:
+    from .select import Call
+
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_ROWS, MAX_SESSIONS = 512, 1024
+# the codes of csrc/include/streamkernels/tensor.h
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_WORDS = struct.Struct("<70q2d6q")
+
+
+def reason(call: Call) -> str | None:
+    """None if the kernel can run `call`, else one sentence why not."""
+    sizes = call.sizes
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernel takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+    if sizes.get("D", 64) not in HEAD_DIMS:
+        return f"the CUDA kernel takes a head dim D of 64, 96, 128 or 256, not {sizes['D']}"
+    if sizes.get("T", 1) > MAX_ROWS:
+        return f"the CUDA kernel takes at most {MAX_ROWS} rows T, not {sizes['T']}"
+    if sizes.get("B", 1) > MAX_SESSIONS:
+        return f"the CUDA kernel takes at most {MAX_SESSIONS} sessions B, not {sizes['B']}"
+    return None
+
+
+def incremental_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    source_k: Tensor,
+    source_v: Tensor,
+    target_k: Tensor,
+    target_v: Tensor,
+    length: Tensor,
+    status: Tensor,
+    role: Tensor | None,
+    segment: int,
+    source_limit: Tensor | None,
+    source_begin: Tensor | None,
+    target_begin: Tensor | None,
+    source_sinks: int,
+    target_sinks: int,
+    ring_sinks: int,
+    bounded: bool,
+    source_window: int,
+    target_window: int,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """`reference.incremental_prefill` with the same raw arguments, as one launch on torch's current stream."""
+    B, H, T, D = q.shape
+    HK = k.shape[1]
+    o = q.new_empty((B, T, H, D))
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    if o.numel() == 0:
+        return o.transpose(1, 2), lse
+    code, index = _DTYPES[q.dtype], q.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]
+    extension = _ext.load()
+    counters, partials = _workspace(extension, B, H, HK, T, D, code, index, stream)
+    if cos is None or sin is None:
+        angles, rotary_dim, angles_code = _NO_ANGLES, 0, code
+    else:
+        angles, rotary_dim, angles_code = (*_table(cos), *_table(sin)), 2 * cos.shape[2], _DTYPES[cos.dtype]
+    words = _WORDS.pack(
+        *_rows(q), *_rows(k), *_rows(v), *angles,
+        *_rows(source_k), *_rows(source_v), source_k.shape[2], *_rows(target_k), *_rows(target_v), target_k.shape[2],
+        length.data_ptr(), *length.stride(), status.data_ptr(),
+        *_column(role), *_column(source_limit), *_column(source_begin), *_column(target_begin),
+        0 if sink_logits is None else sink_logits.data_ptr(), o.data_ptr(), lse.data_ptr(),
+        counters.data_ptr(), partials.data_ptr(),
+        B, H, HK, T, D, rotary_dim, segment, source_sinks, target_sinks, ring_sinks, bounded,
+        source_window, target_window, scale, softcap, interleaved,
+        code, angles_code, code if sink_logits is None else _DTYPES[sink_logits.dtype], index, stream,
+    )  # fmt: skip
+    extension.incremental_prefill(words)
+    return o.transpose(1, 2), lse
+
+
+def gradient(dtype: torch.dtype) -> str:
+    """The backend that computes the gradient of a call that ran here: Triton's kernel where it has one."""
+    from . import triton
+
+    able = "incremental_prefill" in triton.OPS and dtype in (torch.float16, torch.bfloat16) and not triton._missing()
+    return "triton" if able else "reference"
+
+
+_NO_ANGLES = (0,) * 6
+# per (device, stream, capture): zero counters, and room for partial results
+_held: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(extension: Any, B: int, H: int, HK: int, T: int, D: int, code: int, index: int) -> tuple[int, int]:
+    counters, partials = extension.incremental_prefill_workspace(B, H, HK, T, D, code, index)
+    return counters, partials
+
+
+def _workspace(
+    extension: Any, B: int, H: int, HK: int, T: int, D: int, code: int, index: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    """Counters and room for partial results that no other launch can be using: one set per stream, and one per stream
+    of a graph capture, zeroed by the graph itself, since a graph may run beside anything."""
+    counters, partials = _sizes(extension, B, H, HK, T, D, code, index)
+    capture = extension.capture_id(stream)
+    held = _held.get((index, stream, capture))
+    if held is None or held[0].numel() < counters or held[1].numel() < partials:
+        for key in [key for key in _held if key[:2] == (index, stream) and key[2] not in (0, capture)]:
+            # of a capture that has ended: its graph keeps the memory
+            del _held[key]
+        device = torch.device("cuda", index)
+        if held is not None:
+            counters, partials = max(counters, held[0].numel()), max(partials, held[1].numel())
+        # a power of two: growing costs a fill
+        counters = max(1024, 1 << (counters - 1).bit_length())
+        held = (
+            torch.zeros(counters, dtype=torch.int32, device=device),
+            torch.empty(partials, dtype=torch.uint8, device=device),
+        )
+        _held[index, stream, capture] = held
+    return held
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of [B, HK, rows, D]; the last stride is 1."""
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row
+
+
+def _table(x: Tensor) -> tuple[int, int, int]:
+    """Address and strides of [B or 1, rows, columns]; a batch of one serves all."""
+    batch, row, _ = x.stride()
+    return x.data_ptr(), batch if x.shape[0] > 1 else 0, row
+
+
+def _column(x: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides of [B, T]."""
+    if x is None:
+        return 0, 0, 0
+    batch, row = x.stride()
+    return x.data_ptr(), batch, row

@@ -1,0 +1,149 @@
+"""The fused attention forward: unrotated q, k, v with cos, sin and the cache go to `incremental_prefill`, one op that
+rotates, writes and attends.
+
+It takes the place of an attention module's `forward` on the instance, in its `__dict__`, so that classes and every
+other model stay as they are and undoing is a deletion. What it replaces is known by its text: the forward, the two
+rotation functions it calls, and the rotary module that makes cos and sin, as they are in the tested releases. Anything
+else, a new release's rewrite as well as another library's replacement, is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.incremental_prefill import incremental_prefill
+from .attention import ROUTE, Route
+
+# hashes of sources as they are in transformers 5.4, 5.17 and 5.23; `text_hash` makes them
+FORWARDS = {
+    "LlamaAttention": "c0fd8e0b732ba611",
+    "Qwen2Attention": "4015c9477db5adb7",
+    "Qwen3Attention": "95140604894f7733",
+    "MistralAttention": "8c961e165cda523c",
+    "Gemma2Attention": "3c2d60bed5330c24",
+    "Phi3Attention": "975f1916d08ccda6",
+}
+# whole heads (5.4; 5.17 and 5.23), and the first dims of each
+ROTATIONS = ("e2975ea7060de677", "ea234325c15de475", "0d2d41fdeedae17a")
+HALVES = ("f714a4b1160c694e",)
+# 5.4 and in part 5.17; 5.17; 5.23
+ANGLES = ("87d2b6f6ab3412f1", "36aa3216b1236e38", "2b71104c384d7ed6")
+
+
+def text_hash(function: Callable[..., Any]) -> str:
+    """What a function is known by: 16 hex digits of its source's SHA-256. OSError where there is no source."""
+    source = textwrap.dedent(inspect.getsource(function))
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def why_not(base: Any) -> str | None:
+    """Why the attention of `base` (a base model that `base_of` returned) cannot be fused; None if it can."""
+    rotary = base.rotary_emb
+    if "forward" in rotary.__dict__:
+        return "the forward of the rotary module was replaced on the instance"
+    known: dict[tuple[str, Any], tuple[str, ...]] = {}
+    known[f"{type(rotary).__name__}.forward", type(rotary).forward] = ANGLES
+    for index, layer in enumerate(base.layers):
+        attention = layer.self_attn
+        if "forward" in attention.__dict__:
+            return f"the forward of layer {index}'s attention was replaced on the instance (by accelerate, say)"
+        name = next(c.__name__ for c in type(attention).__mro__ if "forward" in c.__dict__)
+        forward = inspect.unwrap(type(attention).forward)
+        rotate = forward.__globals__.get("apply_rotary_pos_emb")
+        half = getattr(inspect.unwrap(rotate), "__globals__", {}).get("rotate_half") if callable(rotate) else None
+        known[f"{name}.forward", forward] = (FORWARDS.get(name, ""),)
+        known["apply_rotary_pos_emb", rotate] = ROTATIONS
+        known["rotate_half", half] = HALVES
+    for (name, function), hashes in known.items():
+        try:
+            found = text_hash(function)
+        except (OSError, TypeError):
+            return f"{name} has no source to compare"
+        if found not in hashes:
+            return f"{name} is not the one of the tested releases (its source hashes to {found})"
+    return None
+
+
+def bind(base: Any) -> list[nn.Module]:
+    """Give every attention module of `base` the fused forward; returns the modules, for `unbind`."""
+    modules = [layer.self_attn for layer in base.layers]
+    for module in modules:
+        module.__dict__["forward"] = MethodType(_forward, module)
+    return modules
+
+
+def unbind(modules: list[nn.Module]) -> None:
+    """Take the fused forward back, where it still is the one we gave."""
+    for module in modules:
+        if getattr(module.__dict__.get("forward"), "__func__", None) is _forward:
+            del module.__dict__["forward"]
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention in a streaming step; every other call goes to the class's own forward."""
+    route: Route | None = kwargs.get(ROUTE)
+    if route is None or route.cache is None or position_embeddings is None:
+        return type(self).forward(
+            self,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+    shape = hidden_states.shape[:-1]
+    q, k, v = _project(self, hidden_states, (*shape, -1, self.head_dim))
+    # norms with fp32 weights under autocast give q and k in fp32, but v in the autocast dtype
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    cos, sin = (_half(x, v.dtype) for x in position_embeddings)
+    source_begin, target_begin = route.begins_on(route.windows[self.layer_idx], q.device)
+    o: Any = incremental_prefill(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        route.cache.stream,
+        self.layer_idx,
+        role=kwargs["role"],
+        source_limit=kwargs.get("source_limit"),
+        source_begin=source_begin,
+        target_begin=target_begin,
+        scale=self.scaling,
+        softcap=getattr(self, "attn_logit_softcapping", None),
+    )
+    return self.o_proj(o.transpose(1, 2).reshape(*shape, -1)), None
+
+
+def _project(module: Any, x: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, T, D], k and v [B, HK, T, D], as the model's own modules make them: adapters included."""
+    if hasattr(module, "qkv_proj"):
+        D, HK = module.head_dim, module.num_key_value_heads
+        q, k, v = module.qkv_proj(x).split([module.config.num_attention_heads * D, HK * D, HK * D], dim=-1)
+    else:
+        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+    q, k, v = q.view(heads), k.view(heads), v.view(heads)
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _half(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B or 1, T, rotary_dim / 2]: transformers repeats each angle's cosine and sine in the second half."""
+    half = angles[..., : angles.shape[-1] // 2]
+    return half if half.dtype in (torch.float32, dtype) else half.to(dtype)
