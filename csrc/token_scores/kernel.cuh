@@ -57,25 +57,6 @@ __device__ __forceinline__ const Element* head_of(const Table& x, int64_t b, int
   return static_cast<const Element*>(x.data) + b * x.batch + h * x.row;
 }
 
-// Brings the line of an address close without waiting for it.
-__device__ __forceinline__ void touch(const void* x) {
-#if defined(__CUDACC__)
-  [[maybe_unused]] uint16_t unused;
-  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(unused) : "l"(x));
-#endif
-}
-
-// q and lse of batch row b, which every block reads head by head.
-template <typename Element>
-__device__ __forceinline__ void touch_queries(const Params& p, int b) {
-  constexpr int kLine = 128 / sizeof(Element);
-  const int lines = (p.D + kLine - 1) / kLine;
-  for (int i = threadIdx.x; i < p.H * lines; i += kThreads) {
-    touch(head_of<Element>(p.q, b, i / lines) + i % lines * kLine);
-    if (i < p.H) touch(head_of<float>(p.lse, b, i));
-  }
-}
-
 // o o over all heads of batch row b: this thread's share.
 template <typename Element>
 __device__ __forceinline__ float square_of_output(const Params& p, int b, bool vectors) {
@@ -175,7 +156,7 @@ struct Slot {
 };
 
 template <typename Element, int LANES, int CHUNKS>
-__global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 5 : 3)
+__global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
     token_scores_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   constexpr int kGroups = 32 / LANES, kWidth = 16 / sizeof(Element);
   __shared__ Sums shared[kMaxParts * kGroups];
@@ -184,28 +165,21 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 5 : 3)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / LANES;
   const int first = lane % LANES * kWidth;
   const int R = p.H / p.HK;
-  const int count = static_cast<const int32_t*>(p.count.data)[b * p.count.batch];
+  const int count = min(static_cast<const int32_t*>(p.count.data)[b * p.count.batch], p.K);
   const int32_t* index = static_cast<const int32_t*>(p.index.data) + b * p.index.batch;
   const int64_t begin = static_cast<int64_t>(tile) * plan.keys;
-  // asked for beside the count, not after it
-  const auto token_of = [&](int64_t entry) { return entry < p.K ? index[entry * p.index.row] : -1; };
-  const auto listed = [&](int64_t entry, int token) { return entry < count && token >= 0 && token < p.S; };
+  const auto token_of = [&](int64_t entry) {
+    const int token = entry < count ? index[entry * p.index.row] : -1;
+    return token < p.S ? token : -1;
+  };
 
-  int token[kSlots];
-#pragma unroll
-  for (int u = 0; u < kSlots; ++u) {
-    token[u] = token_of(begin + (warp * kSlots + u) / plan.parts * kGroups + group);
-  }
   if (begin < count) {
-    touch_queries<Element>(p, b);
-    // also brings o close
-    float square = square_of_output<Element>(p, b, plan.vectors);
-    int part[kSlots];
+    int token[kSlots], part[kSlots];
     Sums sums[kSlots];
 #pragma unroll
     for (int u = 0; u < kSlots; ++u) {
       const int slot = warp * kSlots + u;
-      if (!listed(begin + slot / plan.parts * kGroups + group, token[u])) token[u] = -1;
+      token[u] = token_of(begin + slot / plan.parts * kGroups + group);
       part[u] = slot % plan.parts;
       sums[u] = {0.0f, 0.0f, 0.0f, 0.0f};
     }
@@ -243,6 +217,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 5 : 3)
       if (first == 0) shared[(warp * kSlots + u) * kGroups + group] = sums[u];
     }
     let_next_launch_begin();
+    float square = square_of_output<Element>(p, b, plan.vectors);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(kAll, square, step);
     if (lane == 0) squares[warp] = square;
@@ -252,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 5 : 3)
   const int64_t entry = begin + threadIdx.x;
   if (static_cast<int>(threadIdx.x) >= plan.keys || entry >= p.K) return;
   Scores scores{1.0f, 0.0f, 0.0f};
-  if (listed(entry, token_of(entry))) {
+  if (token_of(entry) >= 0) {
     const int key = threadIdx.x / kGroups, column = threadIdx.x % kGroups;
     Sums total{0.0f, 0.0f, 0.0f, 0.0f};
     for (int i = 0; i < plan.parts; ++i) {

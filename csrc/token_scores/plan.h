@@ -8,10 +8,10 @@
 
 namespace sk::token_scores {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kSlots = 4;         // rows of k and v that a group of lanes has under way at a time
-constexpr int kBlocksPerSm = 16;  // blocks wanted: three waves
+constexpr int kBlocksPerSm = 16;  // blocks wanted: eight waves
 constexpr int kMaxParts = kWarps * kSlots;
 
 // A row of k or v is read by a group of `lanes` lanes, 16 bytes each (twice where `chunks` is 2). The block has

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # ops that move elements as bits
 ANY_DTYPE = ("compact",)
+# entries up to which one block per row is the faster one at a threshold
+MOST_BY_THRESHOLD = 2048
 
 
 def token_scores(
@@ -129,6 +131,13 @@ def _angles(x: Tensor) -> tuple[int, int, int]:
     # one row of angles serves all keys
     address, batch, row = table_of(x)
     return address, batch, row if x.shape[1] > 1 else 0
+
+
+def hands_over(call: Call) -> bool:
+    """Where Triton was faster on an H200: token_scores at 576 to 46080 keys, thresholds over rows of 2880 and more."""
+    if call.op == "token_scores":
+        return True
+    return call.op == "select_tokens" and "threshold" in call.features and call.sizes.get("K", 0) > MOST_BY_THRESHOLD
 
 
 def _takes_head_dim(call: Call) -> str | None:

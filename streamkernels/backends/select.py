@@ -2,8 +2,8 @@
 
 An op describes its call (`Call`), every kernel backend answers `reason(call)`: None if it can run the call, else one
 sentence why not.
-`auto` takes the first kernel backend of the op's order that can, else the reference; a named backend that cannot raises
-with its sentence.
+`auto` takes the first of cuda, triton, reference that can, but Triton's kernel where the CUDA one hands over to it (it
+was measured to be slower, or is not proven yet); a named backend that cannot raises with its sentence.
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ import torch
 from . import cuda, triton
 
 BACKENDS = ("auto", "cuda", "triton", "reference")
-# ops whose CUDA kernel `auto` tries first. The others' are taken by name only as long as Triton can run the call: when
-# they last ran on an H200, 13 of their 344 tests were red, and token_scores and most steps of incremental_prefill were
-# faster in Triton (bench/README.md)
-CUDA_FIRST = ("rotate_append",)
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,11 @@ def choose(call: Call, backend: str) -> str:
             raise NotImplementedError(f"{call.op}: backend={backend!r} cannot run this call: {why}")
         return backend
     if call.device.type == "cuda" and call.dtype != torch.float64:
-        for name in ("cuda", "triton") if call.op in CUDA_FIRST else ("triton", "cuda"):
-            if _kernel_backend(name).reason(call) is None:
-                return name
+        able = [name for name in ("cuda", "triton") if _kernel_backend(name).reason(call) is None]
+        if len(able) == 2 and cuda.hands_over(call) is not None:
+            return "triton"
+        if able:
+            return able[0]
     return "reference"
 
 
@@ -82,6 +80,8 @@ def _kernel_backend(name: str) -> Any:
 
 def _explanation(call: Call, backend: str) -> Explanation:
     reasons = {name: _kernel_backend(name).reason(call) or "ok" for name in ("cuda", "triton")}
+    if reasons["cuda"] == reasons["triton"] == "ok" and (why := cuda.hands_over(call)) is not None:
+        reasons["cuda"] = f"ok, but {why}"
     reasons["reference"] = "ok"
     token = _explaining.set(False)
     try:

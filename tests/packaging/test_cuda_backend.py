@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamkernels import _ext
-from streamkernels.backends import cuda
+from streamkernels.backends import cuda, triton
 from streamkernels.backends.select import Call, choose
 
 GPU = torch.device("cuda", 0)
@@ -58,6 +58,20 @@ def test_few_rows_alone_and_features(ready: None) -> None:
     bits = Call("compact", GPU, torch.int64)
     assert cuda.reason(bits) is None
     assert "gradient" in str(cuda.reason(Call("compact", GPU, torch.float32, {}, frozenset({"backward"}))))
+
+
+def test_auto_takes_what_is_proven_and_was_measured_to_be_faster(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = Call("token_scores", GPU, torch.float16, {"D": 64, "K": 576})
+    few, many = (Call("select_tokens", GPU, torch.float32, {"K": K}, frozenset({"threshold"})) for K in (576, 46080))
+    best = Call("select_tokens", GPU, torch.float32, {"K": 46080}, frozenset({"k"}))
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+    calls = (scores, few, many, best, Call("rotate_append", GPU, torch.float16, {"D": 64}))
+    assert [choose(call, "auto") for call in calls] == ["triton"] * 4 + ["cuda"]
+    monkeypatch.setattr(cuda, "PROVEN", ("token_scores", "select_tokens"))
+    assert [choose(call, "auto") for call in (scores, few, many, best)] == ["triton", "cuda", "triton", "cuda"]
+    assert choose(scores, "cuda") == "cuda"
+    monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
+    assert choose(scores, "auto") == "cuda"
 
 
 @pytest.mark.parametrize("op", ["span_attention", "token_scores", "select_tokens", "compact", "rotate", "reanchor"])
