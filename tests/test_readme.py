@@ -15,7 +15,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_code_blocks_run(capsys):
     pytest.importorskip("transformers")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict = {}
     for i, block in enumerate(blocks):
         exec(compile(block, f"README.md, block {i + 1}", "exec"), namespace)
