@@ -7,11 +7,14 @@ it without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +75,44 @@ def build(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+@functools.cache
+def cases(op: int, capability: int) -> list[tuple[Any, ...]]:
+    return list(OPS[op].compile_cases(capability))
+
+
+def report(case: tuple[int, int, int]) -> tuple[str, bool]:
+    """The line of one kernel, and whether it is all right; a case is (op, compute capability, place)."""
+    op, capability, place = case
+    name, kernel, signature, constexprs, options = cases(op, capability)[place]
+    line = f"{OPS[op].__name__.split('.')[-2] + ' ' + name:52} {capability:>4}"
+    try:
+        built = build(kernel, signature, constexprs, options, capability)
+    except Exception as error:
+        return f"{line} does not compile: {error}", False
+    use = resources(built.asm["cubin"])
+    local = use.get("LOCAL", 0) + use.get("STACK", 0)
+    allowed = OPS[op].local_allowed(name) if hasattr(OPS[op], "local_allowed") else 0
+    good = local <= allowed and built.metadata.shared <= ARCHITECTURES[capability] * 1024
+    return f"{line} {use['REG']:>9} {local:>6} {built.metadata.shared:>7}{'' if good else '  TOO MUCH'}", good
+
+
 def main() -> int:
     print(f"triton {triton.__version__}")
     print(f"{'kernel':52} {'sm':>4} {'registers':>9} {'local':>6} {'shared':>7}")
-    failures = compiled = 0
-    for op in OPS:
-        op_name = op.__name__.split(".")[-2]
-        for capability, limit in ARCHITECTURES.items():
-            for name, kernel, signature, constexprs, options in op.compile_cases(capability):
-                line = f"{op_name + ' ' + name:52} {capability:>4}"
-                try:
-                    built = build(kernel, signature, constexprs, options, capability)
-                except Exception as error:
-                    print(f"{line} does not compile: {error}")
-                    failures += 1
-                    continue
-                use = resources(built.asm["cubin"])
-                local = use.get("LOCAL", 0) + use.get("STACK", 0)
-                allowed = op.local_allowed(name) if hasattr(op, "local_allowed") else 0
-                bad = local > allowed or built.metadata.shared > limit * 1024
-                failures += bad
-                compiled += not bad
-                print(f"{line} {use['REG']:>9} {local:>6} {built.metadata.shared:>7}{'  TOO MUCH' if bad else ''}")
-    print(f"{compiled} passed, {failures} failed")
-    return 1 if failures else 0
+    places = [
+        (op, capability, place)
+        for op in range(len(OPS))
+        for capability in ARCHITECTURES
+        for place in range(len(cases(op, capability)))
+    ]
+    good = 0
+    # processes that start from nothing: a compiler must not be forked
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for line, fine in pool.map(report, places, chunksize=4):
+            print(line, flush=True)
+            good += fine
+    print(f"{good} passed, {len(places) - good} failed")
+    return 0 if good == len(places) else 1
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def local_allowed(name: str) -> int:
     any for fp32, whose multiply-add products keep whole operands in registers, and for the rarer rules."""
     if "fp32" in name or name.endswith(("every rule", "many", *FEATURES)):
         return 1 << 16
-    return 640 if "D=256" in name else 96
+    return 640 if "D=256" in name else 128
 
 
 def _kernels(
