@@ -9,6 +9,8 @@ VENV ?= .venv
 TORCH := 2.13.0
 TRITON := 3.7.1
 TRITON_OLD := 3.6.0
+# what the older one compiles for: the GPU that it is used on
+OLD_TRITON_FOR := 90
 TRANSFORMERS := 5.17.0
 TRANSFORMERS_OTHERS := 5.4.0 5.23.0
 # what an older transformers needs older than the newest has it
@@ -71,7 +73,7 @@ compile-check: $(VENV)/test $(OLD_TRITON)
 	$(call say,Triton kernels with triton $(TRITON))
 	@$(BIN)/python tests/compile_triton.py
 	$(call say,Triton kernels with triton $(TRITON_OLD))
-	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON_OLD) $(BIN)/python tests/compile_triton.py
+	@PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON_OLD) $(BIN)/python tests/compile_triton.py $(OLD_TRITON_FOR)
 
 gpu-install:
 	$(GPU_PYTHON) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .

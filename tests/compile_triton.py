@@ -1,5 +1,7 @@
 """Compile every Triton tile-table row, and each feature once, for every architecture; no GPU needed.
 
+    python tests/compile_triton.py [compute capability ...]
+
 Prints registers, spills and shared memory per kernel; exits 1 if a kernel does not compile, uses more shared
 memory than the architecture has, or local memory beyond what its op's `local_allowed` grants (none by default). Run
 it without TRITON_INTERPRET.
@@ -99,10 +101,11 @@ def report(case: tuple[int, int, int]) -> tuple[str, bool]:
 def main() -> int:
     print(f"triton {triton.__version__}")
     print(f"{'kernel':52} {'sm':>4} {'registers':>9} {'local':>6} {'shared':>7}")
+    wanted = [int(word) for word in sys.argv[1:]] or list(ARCHITECTURES)
     places = [
         (op, capability, place)
         for op in range(len(OPS))
-        for capability in ARCHITECTURES
+        for capability in wanted
         for place in range(len(cases(op, capability)))
     ]
     good = 0
