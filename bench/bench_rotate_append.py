@@ -1,9 +1,8 @@
 """rotate_append beside a plain copy and beside eager torch: device time with cold L2, and host-visible time.
 
-`pytest bench/bench_rotate_append.py`. Prediction: the kernel reads k, v once and writes them once, so from 64 MB on
-it should
-run near the bandwidth of a copy of as many bytes (cos, sin add rotary_dim / (2 HK D) of it in fp32, 2 % at HK = 4 ...
-25 % at HK = 1).
+`pytest bench/bench_rotate_append.py`. Prediction: the kernel reads k, v once and writes them once, so from 64 MB on it
+should run near the bandwidth of a copy of as many bytes (cos, sin add rotary_dim / (2 HK D) of it in fp32, 2 % at HK =
+4 ... 25 % at HK = 1).
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ class Shapes:
         dtype: torch.dtype | Sequence[torch.dtype] | None = None,
         unit_last_stride: bool = False,
     ) -> torch.Tensor:
-        """Check that `x` is a tensor of shape `letters` (a literal number stands for itself, `1|B` for either), of
-        one of the
-        dtypes `dtype`, on the device of the tensors before it. Returns it; binds new letters only when all is well."""
+        """Check that `x` is a tensor of shape `letters` (a literal number stands for itself, `1|B` for either), of one
+        of the dtypes `dtype`, on the device of the tensors before it. Returns it; binds new letters only when all is
+        well."""
         if not isinstance(x, torch.Tensor):
             refuse(self.op, name, f"a tensor [{letters.replace(' ', ', ')}]", x, TypeError)
         wanted = letters.split()

@@ -107,13 +107,12 @@ def vision(
     one sample, or one such list per sample (any number of images, none too), or a bool mask `[B, S]`. `rows`: the
     rows are the last `rows` of the sequence (default all of it; 1 is a decode step).
 
-    A vision row is one whose own key is vision, every other row is a text row; what a row may see ends at itself.
-    Text keys are attended by all. Vision keys follow `text_to_vision` or `vision_to_vision`: SKIP (not seen), MASS,
-    SINK, KEPT or ATTEND, as `Rule` says; for vision rows that includes the row's own key (an image at key 0 under
-    SKIP leaves its rows nothing to see). Rows before the first image
-    see no vision key anyway, so "text rows" means rows after vision begins. `first_half=True` applies
-    `text_to_vision` to the first half of the sample's vision tokens (all images counted together, rounded down) and
-    attends the rest.
+    A vision row is one whose own key is vision, every other row is a text row; what a row may see ends at itself. Text
+    keys are attended by all. Vision keys follow `text_to_vision` or `vision_to_vision`: SKIP (not seen), MASS, SINK,
+    KEPT or ATTEND, as `Rule` says; for vision rows that includes the row's own key (an image at key 0 under SKIP leaves
+    its rows nothing to see). Rows before the first image see no vision key anyway, so "text rows" means rows after
+    vision begins. `first_half=True` applies `text_to_vision` to the first half of the sample's vision tokens (all
+    images counted together, rounded down) and attends the rest.
 
     SINK sends the mass to `sink_key` (an int, or one per sample; default the sample's first vision token). It must
     not lie after a row that uses it. KEPT shows the keys of `kept` int32 `[B, HK, K]` with `kept_count` `[B, HK]`

@@ -22,8 +22,7 @@ def cap(s, inner, SOFTCAP: tl.constexpr):
 @triton.jit
 def power(x, PRECISION: tl.constexpr):
     """The exponential that scores are scaled for: base 2, which is one multiplication less; base e for fp32, where
-    scaling a log
-    by log2(e) and back would lose digits that plain PyTorch keeps."""
+    scaling a log by log2(e) and back would lose digits that plain PyTorch keeps."""
     if PRECISION == "ieee":
         # the GPU's exp is exp2(x log2(e)) with a rounded product: what the rounding lost comes back as a factor
         x = tl.where(x < -150.0, -150.0, x)
@@ -54,9 +53,8 @@ def from_natural(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def online_softmax(m, norm, s, outer, PRECISION: tl.constexpr):
-    """One tile of scores s [BLOCK_T, BLOCK_S], -inf where unseen -> the new running maximum and sum, probabilities,
-    and the factor
-    of what was accumulated before. A row that has seen nothing keeps m = -inf and norm = 0."""
+    """One tile of scores s [BLOCK_T, BLOCK_S], -inf where unseen -> the new running maximum and sum, probabilities, and
+    the factor of what was accumulated before. A row that has seen nothing keeps m = -inf and norm = 0."""
     m_new = tl.maximum(m, tl.max(s, 1) * outer)
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = power(s * outer - shift[:, None], PRECISION)

@@ -65,9 +65,8 @@ def hull_tiles(length, most_begin, least_end, BLOCK_S: tl.constexpr):
     """How many key tiles a hull has as (tiles of used keys only, tiles that may hold keys which no row sees): one of
     them is 0.
 
-    Spans that all share a point have no hole between them, so every key of their hull is seen by some row, and the
-    last tile can end
-    where the hull ends. Such tiles need no care for what unseen keys hold.
+    Spans that all share a point have no hole between them, so every key of their hull is seen by some row, and the last
+    tile can end where the hull ends. Such tiles need no care for what unseen keys hold.
     """
     tiles = tl.cdiv(length, BLOCK_S)
     solid = (most_begin <= least_end) & (length >= BLOCK_S)
@@ -85,9 +84,8 @@ def solid_tile(i, begin, length, most_begin, least_end, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def tile_is_whole(row_blocks, block, start, there, N: tl.constexpr, RULES: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Whether all 64 rows of `block` see all keys [start, start + BLOCK_S) through one ATTEND slot and nothing of
-    them through
-    another; False where not `there`."""
+    """Whether all 64 rows of `block` see all keys [start, start + BLOCK_S) through one ATTEND slot and nothing of them
+    through another; False where not `there`."""
     touching = 0
     covering = 0
     for slot in tl.static_range(N):

@@ -1,9 +1,8 @@
 """rotate_append: rotate new keys by their own positions and write k, v to the segment that each row's role names.
 
 Grid (row tiles * HK, B), the heads of a tile side by side, so that cos and sin are read from HBM once (apart in
-the grid they were read once per head: 0.68 instead of 0.9 of copy bandwidth at HK=4, 256 MB on an H200).
-Memory-bound: every
-byte of k, v is read once and written once.
+the grid they were read once per head: 0.68 instead of 0.9 of copy bandwidth at HK=4, 256 MB on an H200). Memory-bound:
+every byte of k, v is read once and written once.
 """
 
 import triton

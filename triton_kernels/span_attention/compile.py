@@ -51,8 +51,8 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
 
 def local_allowed(name: str) -> int:
     """Bytes of local memory per thread that a kernel may use: a few for the tiles that were the fastest on an H200 in
-    spite of them,
-    any for fp32, whose multiply-add products keep whole operands in registers, and for the rarer rules."""
+    spite of them, any for fp32, whose multiply-add products keep whole operands in registers, and for the rarer
+    rules."""
     if "fp32" in name or name.endswith(("every rule", "many", *FEATURES)):
         return 1 << 16
     return 640 if "D=256" in name else 128

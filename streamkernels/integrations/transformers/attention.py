@@ -35,10 +35,9 @@ class Route:
     """By what one forward attends; made by the pre-hook and shared by its layers.
 
     cache: the GroupedCache, or None for the routes over one buffer. windows: the sliding window of each layer of a
-    streaming step, None for none. begins: per sliding window the first source and
-    target key of each row of a streaming step. window: what a window means under declared spans. visible: the Spans of
-    the routes over one buffer and what `prepare` makes of them, built by the first layer that needs them, per device,
-    window and number of keys.
+    streaming step, None for none. begins: per sliding window the first source and target key of each row of a streaming
+    step. window: what a window means under declared spans. visible: the Spans of the routes over one buffer and what
+    `prepare` makes of them, built by the first layer that needs them, per device, window and number of keys.
     """
 
     cache: GroupedCache | None = None

@@ -26,12 +26,10 @@ def prepare(spans: Spans | Tensor, S: int, *, backend: str = "auto") -> tuple[Te
             end). In the last block only the rows below T count.
         key_blocks: int32 [B, ceil(S / 64), 4], per block of 64 keys two half-open ranges of row blocks, (first, end,
         first, end): together
-            they hold every row block whose hull in any slot meets the keys. They are split at the widest gap (the
-            first of
-            several): under a streaming mask a source key is seen by later source rows and, after a gap, by later
-            target rows. (0, 0, 0, 0) where no
-            row block meets the keys, and the second range is (0, 0) where there is no gap. Row blocks within a range
-            may not meet them.
+            they hold every row block whose hull in any slot meets the keys. They are split at the widest gap (the first
+            of several): under a streaming mask a source key is seen by later source rows and, after a gap, by later
+            target rows. (0, 0, 0, 0) where no row block meets the keys, and the second range is (0, 0) where there is
+            no gap. Row blocks within a range may not meet them.
 
     A kept list and classes hide keys of a span, so [largest begin, smallest end) is not full under them.
 
