@@ -192,6 +192,24 @@ def test_keys_that_nobody_sees_may_be_nan():
             assert torch.equal(a, b), (name, rules)
 
 
+def test_a_sink_that_a_row_does_not_use_may_be_nan():
+    """One tile of rows, of which every other one has an empty SINK slot."""
+    x = make_inputs(Case(1, 2, 1, 20, 60, 16, "causal", torch.float16), DEVICE)
+    bounds = torch.zeros(1, 20, 2, 2, dtype=torch.int32)
+    bounds[:, :, 0] = torch.tensor([10, 30])
+    bounds[:, ::2, 1] = torch.tensor([31, 50])
+    sink = torch.tensor([[0, 3]], dtype=torch.int32, device=DEVICE)
+    clean = replace(x, spans=Spans(bounds.to(DEVICE), (ATTEND, SINK), sink))
+    v = x.v.clone()
+    v[:, :, 3] = float("nan")
+    before = forward_and_backward(both, clean, backend="triton")
+    after = forward_and_backward(both, replace(clean, v=v), backend="triton")
+    for name, a, b in zip(NAMES[:3], before, after, strict=False):
+        if a.dim() > 2 and a.shape[2] == 20:
+            assert torch.equal(a[:, :, 1::2], b[:, :, 1::2]), name
+            assert name == "lse" or b[:, :, ::2].isnan().any(), name
+
+
 def test_influence_is_what_the_spans_declare():
     x = make_inputs(Case(1, 1, 1, 21, 21, 8, "wait_k"), DEVICE)
     flows = influence(lambda v: span_attention(x.q, x.k, v, x.spans, backend="triton"), x.v)

@@ -109,7 +109,8 @@ def dq_slots(
             values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
             ds = p * (tl.dot(do, values.T, input_precision=PRECISION) - delta[:, None])
         else:
-            ds = p * (sunk - delta)[:, None]
+            # the sink's value may be NaN for rows that do not use it
+            ds = tl.where(p > 0, p * (sunk - delta)[:, None], 0.0)
             mass += tl.sum(p, 1)
         if SOFTCAP:
             ds *= 1.0 - s * s
@@ -135,7 +136,8 @@ def dq_slots(
             # the value of an unseen key may be NaN
             ds = tl.where(p > 0, ds, 0.0)
         else:
-            ds = p * (sunk - delta)[:, None]
+            # the sink's value may be NaN for rows that do not use it
+            ds = tl.where(p > 0, p * (sunk - delta)[:, None], 0.0)
             mass += tl.sum(p, 1)
         if SOFTCAP:
             ds *= 1.0 - s * s
