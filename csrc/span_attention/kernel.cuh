@@ -185,12 +185,13 @@ struct Warp {
   }
 };
 
-// One tile of k, and of v where its values count, on the way to shared memory.
-template <typename Element, int D>
+// One tile of k, and of v where its values count, on the way to shared memory. AHEAD: indices that are read before the
+// copies which wait for them.
+template <typename Element, int D, int AHEAD>
 __device__ __forceinline__ void fetch(const Element* k, const Element* v, int64_t k_row, int64_t v_row, const int* keys,
                                       uint32_t k_shared, uint32_t v_shared, bool values) {
   constexpr int kPieces = D / 8;
-#pragma unroll
+#pragma unroll AHEAD
   for (int j = 0; j < kKeys * kPieces / kThreads; ++j) {
     const int i = j * kThreads + threadIdx.x, row = i / kPieces, piece = i % kPieces, key = keys[row];
     const uint32_t at = row * row_bytes(D) + piece * 16;
@@ -221,6 +222,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     span_attention_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   constexpr bool kShared = ROWS == 16;  // the warps have the same rows and a quarter of the keys each
   constexpr int kWarpKeys = kShared ? kKeys / kWarps : kKeys;
+  // all of a thread's copies at once, but where the sums leave no registers for their addresses
+  constexpr int kAhead = D == 256 && !kShared ? 4 : 16;
   extern __shared__ __align__(16) char memory[];
   __shared__ int2 spans[ROWS][kMaxSlots];
   __shared__ int keys[kRing][kKeys];
@@ -264,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       const int next = i + plan.stages - 1;
       const uint32_t to = stage_of(next);
       const Rule rule = p.rules[fetched.n];
-      fetch<Element, D>(k, v, p.k.row, p.v.row, keys[next % kRing], to, to + kKeys * row_bytes(D),
-                        rule == kAttend || rule == kKept);
+      fetch<Element, D, kAhead>(k, v, p.k.row, p.v.row, keys[next % kRing], to, to + kKeys * row_bytes(D),
+                                rule == kAttend || rule == kKept);
       fetched.next(ranges, p.N);
     }
     commit_copies();
