@@ -85,6 +85,18 @@ def test_every_choice_can_be_traced(op: str) -> None:
         assert why == cuda.reason(Call(op, GPU, torch.float16, {"D": 64, "T": T}))
 
 
+@pytest.mark.parametrize("op", ["rotate_append", "incremental_prefill", "span_attention", "token_scores", "rotate"])
+def test_what_auto_takes_can_be_traced(op: str, ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def chosen(x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return x + 1, choose(Call(op, GPU, x.dtype, {"D": 64, "T": x.shape[0], "B": 1}), "auto")
+
+    for T in (2, 70, 71, 600):
+        _, backend = chosen(torch.zeros(T, 64, dtype=torch.float16))
+        assert backend == choose(Call(op, GPU, torch.float16, {"D": 64, "T": T, "B": 1}), "auto")
+        assert backend == ("cuda" if op == "rotate_append" else "triton")
+
+
 def test_the_choice_is_a_constant_to_torch_compile() -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
