@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from .tensors import DTYPES, rows_of, stream_of, table_of
 
 if TYPE_CHECKING:
     from .select import Call
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS, MAX_SESSIONS = 512, 1024
-# the codes of csrc/include/streamkernels/tensor.h
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WORDS = struct.Struct("<70q2d6q")
 
 
@@ -70,24 +69,25 @@ def incremental_prefill(
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     if o.numel() == 0:
         return o.transpose(1, 2), lse
-    code, index = _DTYPES[q.dtype], q.device.index
-    stream = torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]
+    code, index = DTYPES[q.dtype], q.device.index
+    stream = stream_of(q.device)
     extension = _ext.load()
     counters, partials = _workspace(extension, B, H, HK, T, D, code, index, stream)
     if cos is None or sin is None:
         angles, rotary_dim, angles_code = _NO_ANGLES, 0, code
     else:
-        angles, rotary_dim, angles_code = (*_table(cos), *_table(sin)), 2 * cos.shape[2], _DTYPES[cos.dtype]
+        angles, rotary_dim, angles_code = (*table_of(cos), *table_of(sin)), 2 * cos.shape[2], DTYPES[cos.dtype]
     words = _WORDS.pack(
-        *_rows(q), *_rows(k), *_rows(v), *angles,
-        *_rows(source_k), *_rows(source_v), source_k.shape[2], *_rows(target_k), *_rows(target_v), target_k.shape[2],
+        *rows_of(q), *rows_of(k), *rows_of(v), *angles,
+        *rows_of(source_k), *rows_of(source_v), source_k.shape[2],
+        *rows_of(target_k), *rows_of(target_v), target_k.shape[2],
         length.data_ptr(), *length.stride(), status.data_ptr(),
         *_column(role), *_column(source_limit), *_column(source_begin), *_column(target_begin),
         0 if sink_logits is None else sink_logits.data_ptr(), o.data_ptr(), lse.data_ptr(),
         counters.data_ptr(), partials.data_ptr(),
         B, H, HK, T, D, rotary_dim, segment, source_sinks, target_sinks, ring_sinks, bounded,
         source_window, target_window, scale, softcap, interleaved,
-        code, angles_code, code if sink_logits is None else _DTYPES[sink_logits.dtype], index, stream,
+        code, angles_code, code if sink_logits is None else DTYPES[sink_logits.dtype], index, stream,
     )  # fmt: skip
     extension.incremental_prefill(words)
     return o.transpose(1, 2), lse
@@ -136,18 +136,6 @@ def _workspace(
         )
         _held[index, stream, capture] = held
     return held
-
-
-def _rows(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of [B, HK, rows, D]; the last stride is 1."""
-    batch, head, row, _ = x.stride()
-    return x.data_ptr(), batch, head, row
-
-
-def _table(x: Tensor) -> tuple[int, int, int]:
-    """Address and strides of [B or 1, rows, columns]; a batch of one serves all."""
-    batch, row, _ = x.stride()
-    return x.data_ptr(), batch if x.shape[0] > 1 else 0, row
 
 
 def _column(x: Tensor | None) -> tuple[int, int, int]:

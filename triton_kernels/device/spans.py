@@ -83,6 +83,24 @@ def solid_tile(i, begin, length, most_begin, least_end, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def solid_pair(
+    i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2,
+    SLOT: tl.constexpr, PAIR: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Tile i of the hulls without holes of slot SLOT, `solid` tiles, and behind them (PAIR) of the next slot: what
+    `solid_tile` says, and the slot."""
+    start, fresh, whole = solid_tile(i, begin, length, most_begin, least_end, BLOCK_S)
+    slot = SLOT
+    if PAIR:
+        start2, fresh2, whole2 = solid_tile(i - solid, begin2, length2, most_begin2, least_end2, BLOCK_S)
+        start = tl.where(i < solid, start, start2)
+        fresh = tl.where(i < solid, fresh, fresh2)
+        whole = tl.where(i < solid, whole, whole2)
+        slot = tl.where(i < solid, SLOT, SLOT + 1)
+    return start, fresh, whole, slot
+
+
+@triton.jit
 def tile_is_whole(row_blocks, block, start, there, N: tl.constexpr, RULES: tl.constexpr, BLOCK_S: tl.constexpr):
     """Whether all 64 rows of `block` see all keys [start, start + BLOCK_S) through one ATTEND slot and nothing of them
     through another; False where not `there`."""

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..device.classes import class_of, rules_towards
 from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
-from ..device.spans import hull_tiles, row_span, sees, slot_hull, solid_tile
+from ..device.spans import hull_tiles, row_span, sees, slot_hull, solid_pair
 from .classes import attend_classes, landing_key
 
 # a view of a longer list may begin anywhere: the alignment of these is no part of a compiled form
@@ -47,20 +47,17 @@ def attend_slots(
     solid, loose = hull_tiles(length, most_begin, least_end, BLOCK_S)
     solids = solid
     looses = loose
+    begin2, length2, most_begin2, least_end2 = begin, length, most_begin, least_end
     if PAIR:
         begin2, length2, most_begin2, least_end2 = slot_hull(row_blocks, block, blocks, SLOT + 1, N, BLOCK_T)
         solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
         solids += solid2
         looses += loose2
     for i in tl.range(0, solids):
-        start, fresh, whole = solid_tile(i, begin, length, most_begin, least_end, BLOCK_S)
-        slot = SLOT
-        if PAIR:
-            start2, fresh2, whole2 = solid_tile(i - solid, begin2, length2, most_begin2, least_end2, BLOCK_S)
-            start = tl.where(i < solid, start, start2)
-            fresh = tl.where(i < solid, fresh, fresh2)
-            whole = tl.where(i < solid, whole, whole2)
-            slot = tl.where(i < solid, SLOT, SLOT + 1)
+        start, fresh, whole, slot = solid_pair(
+            i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2,
+            SLOT, PAIR, BLOCK_S,
+        )  # fmt: skip
         # k, v [BLOCK_S, BLOCK_D]
         keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
         s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
