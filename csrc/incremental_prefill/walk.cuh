@@ -74,6 +74,16 @@ struct Cursor {
     key = runs[run].first;
     return true;
   }
+  // One tile on in the same run.
+  __device__ __forceinline__ void step(int keys) {
+    key += keys;
+    --left;
+  }
+  // How many of the next tiles of this run have their first `part` keys in [low, high); 0 or less for none.
+  __device__ __forceinline__ int plain(int low, int high, int keys, int part) const {
+    const int first = key + keys;
+    return first < low ? 0 : least(left - 1, (high - part - first + keys) / keys);
+  }
 };
 
 // Loads the tiles of one item: each thread always the same chunks of the same rows of its group's part of a tile.
@@ -86,10 +96,10 @@ struct Loader {
 
   Cursor cursor;
   int begin, row, chunk;
-  uint32_t place;                    // of the thread's first chunk in a tile
-  bool dense;                        // rows lie side by side
-  int whole_low, whole_high;
-  const Element *k, *v;              // the thread's first chunks of the tile at the cursor
+  uint32_t place;      // of the thread's first chunk in a tile
+  bool dense = false;  // rows lie side by side
+  int whole_low = 0, whole_high = 0;
+  const Element *k, *v;  // the thread's first chunks of the tile at the cursor
 
   __device__ __forceinline__ explicit Loader(const Run* runs)
       : cursor{runs},
@@ -135,6 +145,17 @@ struct Loader {
     }
   }
 
+  // How many of the next tiles `issue_plain` can load.
+  __device__ __forceinline__ int plain() const {
+    return kEven && dense ? cursor.plain(whole_low - begin, whole_high - begin, S::kKeys, S::kWarpKeys) : 0;
+  }
+  __device__ __forceinline__ void issue_plain(uint32_t stage) {
+    cursor.step(S::kKeys);
+    k += S::kKeys * S::D, v += S::kKeys * S::D;
+    copy_rows(stage, k, S::D);
+    copy_rows(stage + S::kMatrix, v, S::D);
+  }
+
   // The group's part of a tile whose rows may all be read.
   __device__ __forceinline__ void copy_rows(uint32_t tile, const Element* from, int64_t stride) const {
     const uint32_t to = tile + place;
@@ -166,8 +187,8 @@ struct Loader {
   }
 };
 
-// After a wait for one's own loads: all loads of the group's part of the tile have arrived, and all of its warps are done
-// with the tile before.
+// After a wait for one's own loads: all loads of the group's part of the tile have arrived, and all of its warps are
+// done with the tile before.
 template <class S>
 __device__ __forceinline__ void tile_barrier() {
   if constexpr (S::kWgmma) publish();

@@ -20,7 +20,8 @@ namespace sk::incremental_prefill {
 // A matrix in panels of 64 columns as tiles.cuh lays them out (128-byte swizzle), eight rows 1024 bytes apart: the low
 // word is its shared address, and the bytes between panels for products that run along the rows, in units of 16 bytes.
 __device__ __forceinline__ uint32_t low_word(uint32_t from, uint32_t between) {
-  // In a cluster, addresses have the block's rank above bit 24. One value for the warp: it may stay where products want it.
+  // In a cluster, addresses have the block's rank above bit 24. One value for the warp: it may stay where products want
+  // it.
   return __shfl_sync(~0u, (from & 0x3ffff) >> 4 | (between >> 4) << 16, 0);
 }
 __device__ __forceinline__ uint64_t describe(uint32_t low, int bytes_on) {
