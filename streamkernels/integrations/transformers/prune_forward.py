@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ...core.shapes import refuse
 from ...core.spans import ATTEND, MASS, SINK, SKIP, Spans
@@ -149,23 +150,32 @@ class Pass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """The layer's attention, q [B, H, T, D] over the cache's k, v [B, HK, S, D]; scores and selects where due."""
         if self.T == 1 and self.stages is None:
+            if self._sees_all(layer):
+                return _plain(q, k, v, scale, causal=False)
             spans = self._decode_spans(layer, k)
             o: Any = span_attention(q, k, v, spans, scale=scale)
             return o
         rows = self.rows[layer]
-        spans, prepared = self.prompt_spans(layer, q, k)
         stages = self.selects
         probes = stages is not None and stages.probes(layer)
         if stages is None or rows is None or not probes or not stages.needs_scores(layer):
             if stages is not None and probes:
                 stages.decide(layer, None)
+            if self._is_causal(layer, q, k):
+                return _plain(q, k, v, scale, causal=True)
+            spans, prepared = self.prompt_spans(layer, q, k)
             o = span_attention(q, k, v, spans, scale=scale, prepared=prepared)
             return o
+        spans, prepared = self.prompt_spans(layer, q, k)
         o, lse = span_attention(q, k, v, spans, scale=scale, prepared=prepared, return_lse=True)
         guesses = 0 if self.stages is None else self.stages.guesses
-        samples, last = torch.arange(self.B, device=q.device), (rows.count - (1 + guesses)).long()
-        q_last, o_last = (x[samples, :, last][:, :, None] for x in (q, o))
-        lse_last = lse[samples, :, last][:, :, None]
+        if rows.full:
+            last_row = slice(rows.width - 1 - guesses, rows.width - guesses)
+            q_last, o_last, lse_last = q[:, :, last_row], o[:, :, last_row], lse[:, :, last_row]
+        else:
+            samples, last = torch.arange(self.B, device=q.device), (rows.count - (1 + guesses)).long()
+            q_last, o_last = (x[samples, :, last][:, :, None] for x in (q, o))
+            lse_last = lse[samples, :, last][:, :, None]
         listed = self.vision_keys(layer)
         stages.decide(layer, Probe(layer, q_last, k, v, o_last, lse_last, listed, stages.rows.vision_count, scale))
         return o
@@ -175,7 +185,19 @@ class Pass:
         rows = self.rows[layer]
         if rows is None:
             raise RuntimeError("streamkernels: a plain forward has no vision rows")
-        return torch.where(rows.vision >= 0, rows.vision + self.keys[layer].width, -1)
+        width = self.keys[layer].width
+        return torch.where(rows.vision >= 0, rows.vision + width, -1) if width else rows.vision
+
+    def _sees_all(self, layer: int) -> bool:
+        """Whether a generated token sees the layer's whole buffer."""
+        return self.keys[layer].plain and (self.cache is None or static_length(self.cache.layers[layer]) is None)
+
+    def _is_causal(self, layer: int, q: Tensor, k: Tensor) -> bool:
+        """Whether a prompt's rows see the rows before them and nothing else, so that PyTorch's own attention, which
+        knows that mask best, computes what the spans say."""
+        rows = self.rows[layer]
+        whole = rows is None or rows.full
+        return whole and not self.keys[layer].width and q.shape[2] == k.shape[2] and self._stage(layer) is None
 
     def _decode_spans(self, layer: int, k: Tensor) -> Spans:
         keys = self.keys[layer]
@@ -281,6 +303,11 @@ class Pass:
             return None
         shift = self.first.count - rows.count
         return shift if keys.shift is None else keys.shift + shift
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> Tensor:
+    """PyTorch's attention, as the dense model calls it."""
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def ledger_of(cache: Any) -> Ledger:
