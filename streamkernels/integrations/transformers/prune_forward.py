@@ -33,6 +33,8 @@ class Ledger:
 
     batch: int
     keys: list[Keys]
+    # how long the cache is, as layer 0 has it, if nobody cropped it since
+    length: int = -1
     # without compaction: the keys whatever was selected, the same in all layers, and which of them are vision tokens
     whole: Keys = field(default_factory=Keys)
     vision: Tensor | None = None
@@ -52,6 +54,8 @@ class Pass:
         self.cache: Any = None
         self.cache_reads = 0
         self.past = 0
+        # whether this is a generated token whose row and tables are the call's in every layer
+        self.passes_through = False
         self.keys: list[Keys] = []
         self.first: Rows | None = None  # the rows of layer 0: padding is behind
         self.rows: list[Rows | None] = []  # of each layer that has begun
@@ -96,6 +100,19 @@ class Pass:
             got = f"one of {length} keys that it did not see come in"
             refuse(OP, "past_key_values", "a cache that the pruned model has filled from its beginning", got)
         known = _of_batch(ledger, self.B)
+        if torch.compiler.is_compiling():
+            self._settle(cache, known, length)
+            return
+        plain = self.T == 1 and self.stages is None
+        if plain and length == ledger.length:
+            self.keys = known
+        else:
+            self._settle(cache, known, length)
+        ledger.length = length + self.T
+        self.passes_through = plain and all(keys.shift is None for keys in dict.fromkeys(self.keys))
+
+    def _settle(self, cache: Any, known: list[Keys], length: int) -> None:
+        """The keys of every layer of a cache that may have been cropped, and in which a prompt may follow."""
         made: dict[tuple[int, int], Keys] = {}
         for layer, keys in enumerate(known):
             own = keys.width + length - known[0].width
