@@ -307,7 +307,7 @@ class PruneHandle:
             return True, "not asked"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         most = T if layout.counts is None else max((v for _, v in layout.counts), default=0)
-        said = verdict(self.config, self._shape, name, B, T, most)
+        said = verdict(self.config, self._shape, name, B, T, most, captured=frozen())
         if said.profitable is not False:
             return True, said.text
         if self.config.when_unprofitable == "off":
