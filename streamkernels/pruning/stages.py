@@ -61,18 +61,29 @@ class Rows:
 
     def keep(self, index: Tensor, count: Tensor, most: int | None = None, full: bool = False) -> Rows:
         """Only the rows of the list (index [B, W], count [B]), the one that `compact` gets."""
-        behind = torch.arange(index.shape[1], device=index.device) >= count[:, None]
-        origin = compact(self.origin, index, count).masked_fill(behind, -1)
-        is_vision = compact(self.is_vision, index, count)
+        origin = taken(self.origin, index, count, full)
+        if not full:
+            behind = torch.arange(index.shape[1], device=index.device) >= count[:, None]
+            origin = origin.masked_fill(behind, -1)
+        is_vision = taken(self.is_vision, index, count, full)
         return Rows(origin, count, is_vision, *where(is_vision, most), full=full)
 
     def back(self, x: Tensor, T: int) -> Tensor:
         """x [B, W, C] of these rows -> [B, T, C] in the places of the call, 0 where a token has no row."""
         B, W = self.origin.shape
+        if B == 1 and self.full:
+            return x.new_zeros((1, T, x.shape[2])).index_copy_(1, self.origin[0].long(), x)
         at = torch.full((B, T + 1), -1, dtype=torch.int32, device=x.device)
         own = torch.arange(W, dtype=torch.int32, device=x.device).expand(B, W)
         at = at.scatter(1, self.origin.long().where(self.origin >= 0, T), own)[:, :T].contiguous()
         return compact(x, at, torch.full((B,), T, dtype=torch.int32, device=x.device))
+
+
+def taken(x: Tensor, index: Tensor, count: Tensor, full: bool, dim: int = 1) -> Tensor:
+    """`compact`; for one sample that fills the width (`full`) PyTorch's own gather, a small part of the launch."""
+    if full and x.shape[0] == 1:
+        return x.index_select(dim, index[0])
+    return compact(x, index, count, dim=dim)
 
 
 def where(mask: Tensor, most: int | None = None) -> Move:

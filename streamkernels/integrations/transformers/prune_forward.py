@@ -19,7 +19,7 @@ from ...ops.span_attention import span_attention
 from ...pruning.config import VisionPruning
 from ...pruning.keys import Keys, behind
 from ...pruning.scores import Probe
-from ...pruning.stages import Rows, Stages, where
+from ...pruning.stages import Rows, Stages, taken, where
 from .prune_models import OP, check_cache, static_length
 
 RULES = {"attend": ATTEND, "skip": SKIP, "mass": MASS, "sink": SINK, "mass_first_half": MASS}
@@ -131,7 +131,7 @@ class Pass:
         else:
             move = self.stages.start() if layer == 0 else self.stages.take()
             if move is not None:
-                hidden = compact(hidden, *move)
+                hidden = taken(hidden, *move, self.stages.rows.full)
             rows = self.stages.rows
         if layer == 0:
             self.first = rows
@@ -369,6 +369,6 @@ def _of_batch(ledger: Ledger, B: int) -> list[Keys]:
 def _rows_of(table: Tensor, rows: Rows, B: int) -> Tensor:
     """cos or sin [1 or B, T, D], or [3, 1 or B, T, D] before transformers 5.17's M-RoPE, at the rows' tokens."""
     if table.dim() == 3:
-        return compact(table.expand(B, -1, -1), rows.origin, rows.count)
+        return taken(table.expand(B, -1, -1), rows.origin, rows.count, rows.full)
     axes = table.expand(-1, B, -1, -1).movedim(1, 0)
-    return compact(axes, rows.origin, rows.count, dim=2).movedim(0, 1)
+    return taken(axes, rows.origin, rows.count, rows.full, 2).movedim(0, 1)
