@@ -1,4 +1,4 @@
-"""Ways to prefill and decode a prompt with vision tokens: dense, pruned by us, and the paper's own scheme in eager torch.
+"""Ways to prefill and decode a prompt with vision tokens: dense, pruned by us, and the paper's scheme in eager torch.
 
 Weights are random, so what they would select means nothing. Every contender computes its scores in full, and then a
 `Script` says what they were: the layers and the number of tokens that VisiPruner reports on average.

@@ -219,9 +219,8 @@ def demo(options: Options, out: TextIO) -> None:
         texts = {name: getattr(checkpoint, name) if text is None else text for name, text in texts.items()}
         try:
             # rotate, write and attend in one op: where that is one kernel on a GPU, the step is what it saves
-            session = StreamSession(
-                checkpoint.model, checkpoint.tokenizer, policy, fused="auto", max_target_tokens=options.max_tokens, **texts
-            )
+            more = {"fused": "auto", "max_target_tokens": options.max_tokens, **texts}
+            session = StreamSession(checkpoint.model, checkpoint.tokenizer, policy, **more)
         except (ValueError, NotImplementedError) as error:
             raise DemoError(f"--model {path}: {_sentence(error)}") from error
         view: View = Trace(out) if options.trace else Columns(out)

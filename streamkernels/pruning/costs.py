@@ -46,9 +46,9 @@ class Verdict:
 
 
 LAUNCHES = "; the host's launches take that time, in a CUDA graph pruning may pay"
-# by the name that torch.cuda.get_device_name gives. H200: LLaVA-1.5-7B's shape, torch 2.11; captured prefills of 624 and
-# 2928 rows for the line, what is left of a captured pruned one for the small layers, eager tokens and prefills for the
-# host (a virtual machine, 580 us a layer)
+# by the name that torch.cuda.get_device_name gives. H200: LLaVA-1.5-7B's shape, torch 2.11; captured prefills of 624
+# and 2928 rows for the line, what is left of a captured pruned one for the small layers, eager tokens and prefills for
+# the host, a virtual machine
 COSTS: Mapping[str, Cost] = {
     "NVIDIA H200": Cost("NVIDIA H200", 202_375_168, 220.0, 0.95, 530.0, "cc7c74b", launch=580.0),
 }

@@ -70,7 +70,8 @@ def chosen(probe):
 def test_without_drops_the_paper_s_code_is_the_dense_model():
     model = bench.build("LLaVA-1.5-7B", SIZES)
     prompt, never = Prompt(model, 1, VISION), Script(99, 5, 99, first_probe=200)
-    torch.testing.assert_close(logits_of(Paper(model, prompt, never)), logits_of(Dense(model, prompt)), rtol=1e-4, atol=1e-4)
+    paper, dense = logits_of(Paper(model, prompt, never)), logits_of(Dense(model, prompt))
+    torch.testing.assert_close(paper, dense, rtol=1e-4, atol=1e-4)
     bench._models.clear()
 
 
