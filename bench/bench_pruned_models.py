@@ -17,8 +17,8 @@ A request in eager mode: a token takes 32 layers of launches on the host, pruned
 most of the time and no prefill can make a request of 2880 vision tokens 1.3 times faster (without any prefill it would
 be 1.15 times); the row is there all the same. A layer of few rows takes what its launches take, about 0.6 ms, which is
 what a layer of 576 vision tokens takes the device: there pruning cannot pay in eager mode, and "off" of
-`when_unprofitable` is for that. A probed layer costs the scores (10 to 27 us), six launches and a read. The paper's code stores fp32
-scores, 1.1 GB a layer at 2928 rows, and reads the device twice a layer.
+`when_unprofitable` is for that. A probed layer costs the scores (10 to 27 us), six launches and a read. The paper's
+code stores fp32 scores, 1.1 GB a layer at 2928 rows, and reads the device twice a layer.
 """
 
 from __future__ import annotations
