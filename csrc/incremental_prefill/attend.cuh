@@ -55,16 +55,12 @@ struct Fragments {
 template <class S>
 __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
   if constexpr (S::kWgmma) {
+    const uint32_t q = low_word(f.query_tile + f.row_bytes, 16), k = low_word(keys + f.key_bytes, 16);
     open_products();
 #pragma unroll
     for (int i = 0; i < S::D / 16; ++i) {
-      const uint64_t k = describe(keys + f.key_bytes + i / 4 * S::kKeys * 128 + i % 4 * 32, 16);
-      using Scores = Product<typename S::Element, S::kWarpKeys, false>;
-      if constexpr (S::kQueryInRegisters) {
-        Scores::run(s, f.held[i], k, i > 0);
-      } else {
-        Scores::run(s, describe(f.query_tile + f.row_bytes + i / 4 * S::kRows * 128 + i % 4 * 32, 16), k, i > 0);
-      }
+      Product<typename S::Element, S::kWarpKeys, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
+                                                             describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
     }
     finish_products();
   } else {
@@ -95,11 +91,11 @@ template <class S>
 __device__ __forceinline__ void add_values(State<S>& state, const Fragments<S>& f,
                                            const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
   if constexpr (S::kWgmma) {
+    const uint32_t v = low_word(values + f.key_bytes, S::kKeys * 128);
     open_products();
 #pragma unroll
     for (int n = 0; n < S::kWarpKeys / 16; ++n) {
-      const uint64_t v = describe(values + f.key_bytes + n * 16 * 128, S::kKeys * 128);
-      Product<typename S::Element, S::D, true>::run(state.o, p[n], v, true);
+      Product<typename S::Element, S::D, true>::run(state.o, p[n], describe(v, n * 16 * 128), true);
     }
     finish_products();
   } else {
@@ -139,9 +135,13 @@ __device__ __forceinline__ void update(State<S>& state, const float (&s)[S::kWar
   float top[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    top[i] = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
+    float half[2];  // two chains take half the time of one
 #pragma unroll
-    for (int n = 1; n < kBlocks; ++n) top[i] = fmaxf(top[i], fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+    for (int n = 0; n < kBlocks; ++n) {
+      const float both = fmaxf(s[n][2 * i], s[n][2 * i + 1]);
+      half[n % 2] = n < 2 ? both : fmaxf(half[n % 2], both);
+    }
+    top[i] = fmaxf(half[0], half[1]);
     top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
     top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2)) * scale;
   }
@@ -166,10 +166,9 @@ __device__ __forceinline__ void update(State<S>& state, const float (&s)[S::kWar
   for (int n = 0; n < kBlocks; ++n) {
     float w[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      w[j] = exp2_fast(fmaf(s[n][j], scale, -shift[j / 2]));
-      state.l[j / 2] += w[j];
-    }
+    for (int j = 0; j < 4; ++j) w[j] = exp2_fast(fmaf(s[n][j], scale, -shift[j / 2]));
+    state.l[0] += w[0] + w[1];
+    state.l[1] += w[2] + w[3];
     p[n / 2][n % 2 * 2] = pack(typename S::Element{}, w[0], w[1]);
     p[n / 2][n % 2 * 2 + 1] = pack(typename S::Element{}, w[2], w[3]);
   }

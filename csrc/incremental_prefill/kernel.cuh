@@ -13,6 +13,7 @@
 #include "incremental_prefill/instance.h"
 #include "incremental_prefill/merge.cuh"
 #include "incremental_prefill/walk.cuh"
+#include "streamkernels/overlap.cuh"
 
 namespace sk::incremental_prefill {
 
@@ -66,6 +67,35 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
   bool ready = false;
 #pragma unroll 1
   while (true) {
+    if (ready && fresh.begin == fresh.end && depth > 1 && plan.inner == 0.f) {
+      // tiles that need no look at single keys, neither to load nor to attend to: most of a long context
+      int n = cursor.plain(free_low, free_high, S::kKeys, S::kKeys);
+      const int loads = loader.plain();
+      if (to_load > loads) n = least(n, loads);
+#pragma unroll 1
+      for (to_do -= most(n, 0); n > 0; --n) {
+        if (depth == 3) {
+          wait_groups<1>();
+        } else {
+          wait_groups(depth - 2);
+        }
+        tile_barrier<S>();
+        if (to_load > 0) {
+          --to_load;
+          loader.issue_plain(ring + next * S::kStage);
+          next = next + 1 == depth ? 0 : next + 1;
+        }
+        close_group();
+        cursor.step(S::kKeys);
+        const uint32_t keys = ring + stage * S::kStage;
+        stage = stage + 1 == depth ? 0 : stage + 1;
+        float s[S::kWarpKeys / 8][4];
+        uint32_t weights[S::kWarpKeys / 16][4];
+        make_scores<S>(s, fragments, keys);
+        update<S>(state, s, plan.scale, weights);
+        add_values<S>(state, fragments, weights, keys + S::kMatrix);
+      }
+    }
     const bool is_fresh = ahead == 0 && fresh.begin < fresh.end;
     const bool begins = ahead == 0 && !ready;
     int key = fresh.begin * S::kKeys;
@@ -231,11 +261,27 @@ __device__ __forceinline__ void merge(const Params& p, const Plan& plan, const R
   }
 }
 
+// The constant cache is cold at first, and a warp waits for each line of the arguments that it needs: here the warps
+// bring them in side by side. `anywhere`: room for a word per thread, or the compiler would drop what nobody reads.
+template <class S, typename Arguments>
+__device__ __forceinline__ void touch(const Arguments& arguments, uint32_t* anywhere) {
+  constexpr int kLine = 16, kLines = (sizeof(Arguments) / 4 + kLine - 1) / kLine;  // of 4-byte words
+  const auto* words = reinterpret_cast<const uint32_t*>(&arguments);
+  const int line = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < kLines; i += S::kThreads / 32) {
+    if (i + line < kLines) anywhere[threadIdx.x] = words[(i + line) * kLine];
+  }
+}
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     incremental_prefill_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(1024) char memory[];
   using Layout = Header<S>;
+  let_next_launch_begin();
+  touch<S>(p, reinterpret_cast<uint32_t*>(memory + Layout::bytes(p.T, p.B)));
+  wait_for_launch_before();
   int* scratch = reinterpret_cast<int*>(memory);
   float2* statistics = reinterpret_cast<float2*>(memory + Layout::kScratch);
   const Rows2 rows{reinterpret_cast<int*>(memory + Layout::code(p.T)),
@@ -254,7 +300,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     read_session<S>(p, 0, rows, scratch, session);
     known = 0;
     const int steps = steps_of(session, p.T, S::kKeys);
-    const Shares shares = even_shares(items_each, steps, workers, plan.workers_each, plan.smallest);
+    const Shares shares = even_shares(items_each, steps, workers, plan.workers_each, plan.smallest, C);
     each = shares.per_item > 0 ? shares.per_item : steps;
     total = each * items_each;
     share = shares.share;

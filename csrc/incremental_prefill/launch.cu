@@ -6,9 +6,11 @@
 #include <mutex>
 
 #include "incremental_prefill/instance.h"
+#include "incremental_prefill/plan.h"
 #include "incremental_prefill/tuning.h"
 #include "streamkernels/error.h"
 #include "streamkernels/numbers.cuh"
+#include "streamkernels/overlap.cuh"
 #include "streamkernels/runtime.h"
 
 namespace sk::incremental_prefill {
@@ -25,8 +27,8 @@ extern template const Instance* instances<Float16, 256>();
 namespace {
 
 constexpr int kHeadDims[] = {64, 96, 128, 256};
-constexpr int kMaxStages = 6, kMaxDevices = 64, kClusterSizes = 4;  // clusters of 1, 2, 4, 8 blocks
-constexpr int kWorthABlock = 128;                                   // keys
+constexpr int kMaxStages = 6, kMaxDevices = 64, kClusterSizes = 4, kMaxCluster = 8;  // 1, 2, 4, 8 blocks
+constexpr int kWorthABlock = 128;                                                    // keys
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename Element>
@@ -75,6 +77,7 @@ struct Config {
   int cluster;  // blocks
   int stages, shared;
   int items;
+  int workers;  // clusters that run at once
 };
 
 int stages_that_fit(const Instance& i, int header, int shared) {
@@ -83,6 +86,67 @@ int stages_that_fit(const Instance& i, int header, int shared) {
 
 bool fits(const Instance& i, int header, int shared) {
   return stages_that_fit(i, header, shared) >= 1 && header + i.out <= shared;
+}
+
+// Clusters of `size` blocks that the device runs at once; lets the kernel have its shared memory. Asked once.
+int workers_of(const Instance& i, int size, int device) {
+  static std::atomic<int> known[kMaxDevices][2][4][kInstances][kClusterSizes];
+  int dtype = 0, dim = 0, tile = 0, log = 0;
+  for (dtype = 0; dtype < 2; ++dtype) {
+    for (dim = 0; dim < 4; ++dim) {
+      const Instance* all = table(dtype ? DType::kBFloat16 : DType::kFloat16, kHeadDims[dim]);
+      if (&i >= all && &i < all + kInstances) {
+        tile = static_cast<int>(&i - all);
+        goto found;
+      }
+    }
+  }
+found:
+  while (1 << log < size) ++log;
+  std::atomic<int>& slot = known[device][dtype][dim][tile][log];
+  int workers = slot.load(std::memory_order_relaxed);
+  if (workers > 0) return workers;
+  const Machine& m = machine(device);
+  check(cudaFuncSetAttribute(i.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, m.shared),
+        "incremental_prefill: asking for shared memory");
+  workers = m.processors / size;
+  if (size > 1) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    config.gridDim = dim3(workers * size);
+    config.blockDim = dim3(i.threads);
+    config.dynamicSmemBytes = m.shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int most = 0;
+    check(cudaOccupancyMaxActiveClusters(&most, i.kernel, &config), "incremental_prefill: counting clusters");
+    workers = std::max(1, std::min(workers, most));
+  }
+  slot.store(workers, std::memory_order_relaxed);
+  return workers;
+}
+
+// Keys that every (32 KB) and partial results that one block reads in a microsecond, and what beginning and ending an
+// item takes it, as measured on an H200.
+constexpr float kBytesPerMicrosecond = 32 << 10, kItemMicroseconds = 6.f, kHandOverMicroseconds = 3.f;
+// Longer caches are cut as this one is: the clusters that suit them would be slow while they are short.
+constexpr int kPlannedKeys = 32 << 10;
+
+// Microseconds that clusters of `size` blocks take, but for what all sizes have in common.
+float estimate(const Instance& i, int items, int rows, int keys, int workers, int size) {
+  const int steps = std::max(1, (keys + i.keys - 1) / i.keys), worth = size * std::max(1, kWorthABlock / i.keys);
+  const int each = std::min(workers / items, std::max(1, steps / worth));
+  float share = static_cast<float>(items) * steps / std::min(workers, items * std::max(1, steps / worth));
+  float parts = std::max(1.f, static_cast<float>(workers) / items), begun = 1.f + static_cast<float>(items) / workers;
+  if (each > 0) {
+    const float even = std::ceil(static_cast<float>(steps) / each);
+    if (even <= share + kStraddling * size) share = even, parts = each, begun = 1.f;
+  }
+  const float partial = static_cast<float>(std::min(rows, i.rows)) * i.partial / i.rows * sizeof(float);
+  return std::ceil(share / size) * i.stage / kBytesPerMicrosecond + begun * kItemMicroseconds +
+         (parts > 1.f ? kHandOverMicroseconds + parts * partial / size / kBytesPerMicrosecond : 0.f);
 }
 
 Config configure(const Params& p, DType dtype, int device) {
@@ -94,57 +158,26 @@ Config configure(const Params& p, DType dtype, int device) {
   if (tuning().rows) {
     for (i = 0; i + 1 < kInstances && all[i].rows < tuning().rows;) ++i;
   }
-  Config c{&all[i], 1, 0, 0, 0};
+  Config c{&all[i], 1, 0, 0, 0, 0};
   const int header = c.instance->header(p.T, p.B);
   c.stages = stages_that_fit(*c.instance, header, m.shared);
   c.shared = header + std::max(c.instance->query + c.stages * c.instance->stage, c.instance->out);
   c.items = p.B * p.HK * ((rows + c.instance->rows - 1) / c.instance->rows);
+  c.workers = workers_of(*c.instance, 1, device);
   if (m.clusters) {
-    while (c.cluster < 8 && c.items * c.cluster * 2 <= m.processors) c.cluster *= 2;
-    if (tuning().cluster) c.cluster = tuning().cluster;
-  }
-  return c;
-}
-
-// Clusters of `c` that the device runs at once; lets the kernel have its shared memory. Asked once.
-int workers_of(const Config& c, int device) {
-  static std::atomic<int> known[kMaxDevices][2][4][kInstances][kClusterSizes];
-  const Instance& i = *c.instance;
-  int dtype = 0, dim = 0, tile = 0, size = 0;
-  for (dtype = 0; dtype < 2; ++dtype) {
-    for (dim = 0; dim < 4; ++dim) {
-      const Instance* all = table(dtype ? DType::kBFloat16 : DType::kFloat16, kHeadDims[dim]);
-      if (&i >= all && &i < all + kInstances) {
-        tile = static_cast<int>(&i - all);
-        goto found;
-      }
+    // lengths are the device's, capacities are known
+    const int keys =
+        static_cast<int>(std::min<int64_t>(int64_t{p.segments[0].capacity} + p.segments[1].capacity, kPlannedKeys));
+    float least = estimate(*c.instance, c.items, rows, keys, c.workers, 1);
+    for (int size = 2; size <= kMaxCluster; size *= 2) {
+      const int workers = workers_of(*c.instance, size, device);
+      if (workers < c.items && !tuning().cluster) break;
+      const float time = estimate(*c.instance, c.items, rows, keys, workers, size);
+      if (tuning().cluster ? tuning().cluster != size : time > least) continue;
+      least = time, c.cluster = size, c.workers = workers;
     }
   }
-found:
-  while (1 << size < c.cluster) ++size;
-  std::atomic<int>& slot = known[device][dtype][dim][tile][size];
-  int workers = slot.load(std::memory_order_relaxed);
-  if (workers > 0) return workers;
-  const Machine& m = machine(device);
-  check(cudaFuncSetAttribute(i.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, m.shared),
-        "incremental_prefill: asking for shared memory");
-  workers = m.processors / c.cluster;
-  if (c.cluster > 1) {
-    cudaLaunchConfig_t config{};
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
-    config.gridDim = dim3(workers * c.cluster);
-    config.blockDim = dim3(i.threads);
-    config.dynamicSmemBytes = m.shared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int most = 0;
-    check(cudaOccupancyMaxActiveClusters(&most, i.kernel, &config), "incremental_prefill: counting clusters");
-    workers = std::max(1, std::min(workers, most));
-  }
-  slot.store(workers, std::memory_order_relaxed);
-  return workers;
+  return c;
 }
 
 bool wide_angles(const Params& p) {
@@ -174,15 +207,15 @@ const char* refusal(const Params& p, DType dtype, int device) {
 }
 
 Workspace workspace(const Params& p, DType dtype, int device) {
+  // enough for clusters of every size
   const Config c = configure(p, dtype, device);
-  const size_t workers = machine(device).processors / c.cluster;
-  return {static_cast<size_t>(c.items) * c.cluster, 2 * workers * c.instance->partial * sizeof(float)};
+  const size_t workers = machine(device).processors;
+  return {static_cast<size_t>(c.items) * kMaxCluster, 2 * workers * c.instance->partial * sizeof(float)};
 }
 
 void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   const DeviceGuard guard(device);
   const Config c = configure(p, dtype, device);
-  const int workers = workers_of(c, device);
   Plan plan{};
   plan.stages = c.stages;
   const int steps = std::max(1, (tuning().smallest ? tuning().smallest : kWorthABlock) / c.instance->keys) * c.cluster;
@@ -190,7 +223,7 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   plan.R = p.H / p.HK;
   plan.by_R = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.R - 1) / plan.R);
   plan.tiles_m = c.items / (p.B * p.HK);
-  plan.workers_each = workers / c.items;
+  plan.workers_each = c.workers / c.items;
   const bool angles = wide_angles(p);
   plan.wide_q = angles && aligned(p.q, 2);
   plan.wide_kv = angles && aligned(p.k, 2) && aligned(p.v, 2);
@@ -203,16 +236,19 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
     plan.scale = 1.f;
   }
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
-  config.gridDim = dim3(workers * c.cluster);
+  cudaLaunchAttribute attributes[2]{};
+  config.gridDim = dim3(c.workers * c.cluster);
   config.blockDim = dim3(c.instance->threads);
   config.dynamicSmemBytes = c.shared;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (can_overlap(device)) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   if (c.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
   }
   check(cudaLaunchKernelEx(&config, c.instance->kernel, p, plan), "incremental_prefill: launching");
 }
@@ -223,8 +259,8 @@ void preload(int device) {
     for (const int D : kHeadDims) {
       const Instance* all = table(dtype, D);
       for (int i = 0; i < kInstances; ++i) {
-        for (int size = 1; size <= (machine(device).clusters ? 8 : 1); size *= 2) {
-          if (fits(all[i], all[i].header(1, 1), machine(device).shared)) workers_of({&all[i], size, 0, 0, 0}, device);
+        for (int size = 1; size <= (machine(device).clusters ? kMaxCluster : 1); size *= 2) {
+          if (fits(all[i], all[i].header(1, 1), machine(device).shared)) workers_of(all[i], size, device);
         }
       }
     }

@@ -168,14 +168,14 @@ struct Shares {
 SK_HOST_DEVICE int uneven_share(int total, int workers, int smallest) {
   return total <= 0 ? 1 : divide(total - 1, most(1, least(workers, total >> smallest))) + 1;
 }
-// Items alike, each of `steps`: cut so that a share never straddles two items, as joining parts takes as long as a few
-// steps, unless that leaves workers idle for longer.
-constexpr int kStraddling = 4;  // steps
-SK_HOST_DEVICE Shares even_shares(int items, int steps, int workers, int each, int smallest) {
+// Items alike, each of `steps`: cut so that a share never straddles two items, as beginning and ending an item takes a
+// block as long as a few steps, unless that leaves workers of `blocks` idle for longer.
+constexpr int kStraddling = 4;  // steps of a block
+SK_HOST_DEVICE Shares even_shares(int items, int steps, int workers, int each, int smallest, int blocks) {
   const int uneven = uneven_share(items * steps, workers, smallest);
   if (each == 0) return {0, uneven};
   const int share = divide(steps - 1, most(1, least(each, steps >> smallest))) + 1;
-  if (share > uneven + kStraddling) return {0, uneven};
+  if (share > uneven + kStraddling * blocks) return {0, uneven};
   return {(divide(steps - 1, share) + 1) * share, share};
 }
 

@@ -29,11 +29,12 @@ struct Shape {
   static constexpr int kQuery = kRows * D * 2;
   static constexpr int kOutRow = D + 8;             // floats between rows of o in shared memory
   static constexpr int kOut = kRows * kOutRow * 4;  // bytes of one warp group's o
-  // a warp that has all rows loads its own keys, and no other warp reads them
-  static constexpr bool kPrivate = WARPS_M == 1;
+  // a group of warps that has all rows loads its own keys, and no other group reads them or waits for them
+  static constexpr int kGroup = 32 * WARPS_M;
   static constexpr bool kWgmma = SK_WGMMA && WARPS_M % 4 == 0 && D % 64 == 0;
-  // where there are registers left
-  static constexpr bool kQueryInRegisters = D <= 128 && (kWgmma || WARPS_M == 1);
+  // Where there are registers left. Never beside products of a warpgroup: ptxas 13.0 then gave weights the registers of
+  // queries that the next tile still needed (64 columns; seen in SASS, and as wrong results).
+  static constexpr bool kQueryInRegisters = D <= 128 && WARPS_M == 1;
   static_assert(kWarpKeys % 16 == 0 && D % 32 == 0, "whole 16 x 16 blocks");
 };
 

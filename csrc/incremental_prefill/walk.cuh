@@ -74,57 +74,95 @@ struct Cursor {
     key = runs[run].first;
     return true;
   }
+  // One tile on in the same run.
+  __device__ __forceinline__ void step(int keys) {
+    key += keys;
+    --left;
+  }
+  // How many of the next tiles of this run have their first `part` keys in [low, high); 0 or less for none.
+  __device__ __forceinline__ int plain(int low, int high, int keys, int part) const {
+    const int first = key + keys;
+    return first < low ? 0 : least(left - 1, (high - part - first + keys) / keys);
+  }
 };
 
-// Loads the tiles of one item: each thread always the same chunks of the same rows of a tile.
+// Loads the tiles of one item: each thread always the same chunks of the same rows of its group's part of a tile.
 template <class S>
 struct Loader {
   using Element = typename S::Element;
-  static constexpr int kThreads = S::kPrivate ? 32 : S::kThreads;
-  static constexpr int kTotal = (S::kPrivate ? S::kWarpKeys : S::kKeys) * S::kChunks;
-  static constexpr bool kEven = kThreads % S::kChunks == 0;  // a thread stays in its column
-  static constexpr int kStep = kEven ? kThreads / S::kChunks : 1;
+  static constexpr int kTotal = S::kWarpKeys * S::kChunks;
+  static constexpr bool kEven = S::kGroup % S::kChunks == 0;  // a thread stays in its column
+  static constexpr int kStep = kEven ? S::kGroup / S::kChunks : 1;
 
   Cursor cursor;
-  int begin, whole_low, whole_high;  // first row of the tile that this thread's group loads
-  const Element *k, *v;              // of the head, at this thread's first row and chunk
+  int begin, row, chunk;
+  uint32_t place;      // of the thread's first chunk in a tile
+  bool dense = false;  // rows lie side by side
+  int whole_low = 0, whole_high = 0;
+  const Element *k, *v;  // the thread's first chunks of the tile at the cursor
 
   __device__ __forceinline__ explicit Loader(const Run* runs)
-      : cursor{runs}, begin(S::kPrivate ? threadIdx.x / 32 * S::kWarpKeys : 0) {}
-
-  __device__ __forceinline__ void open(const Params& p, int b, int hk) {
-    const Run& run = cursor.runs[cursor.run];
-    const Segment& s = p.segments[run.segment];
-    whole_low = run.whole_low, whole_high = run.whole_high;
-    k = static_cast<const Element*>(s.k.data) + b * s.k.batch + hk * s.k.head;
-    v = static_cast<const Element*>(s.v.data) + b * s.v.batch + hk * s.v.head;
-  }
+      : cursor{runs},
+        begin(threadIdx.x / S::kGroup * S::kWarpKeys),
+        row(threadIdx.x % S::kGroup / S::kChunks),
+        chunk(threadIdx.x % S::kGroup % S::kChunks),
+        place(chunk_at<S::D, S::kKeys>(begin + row, chunk)) {}
 
   // Starts the loads of the next tile into a stage.
   __device__ __forceinline__ void issue(const Params& p, const Session& session, const Hull& hull, int b, int hk,
                                         uint32_t stage) {
-    if (cursor.next(S::kKeys)) open(p, b, hk);
-    const int first = cursor.key + begin, thread = threadIdx.x % kThreads;
-    const bool whole = first >= whole_low && first + kTotal / S::kChunks <= whole_high;
+    if (cursor.next(S::kKeys)) {
+      const Run& run = cursor.runs[cursor.run];
+      const Segment& s = p.segments[run.segment];
+      whole_low = run.whole_low, whole_high = run.whole_high;
+      dense = s.k.row == S::D && s.v.row == S::D;
+      const int first = cursor.key + begin + row;
+      k = static_cast<const Element*>(s.k.data) + b * s.k.batch + hk * s.k.head + first * s.k.row + chunk * 8;
+      v = static_cast<const Element*>(s.v.data) + b * s.v.batch + hk * s.v.head + first * s.v.row + chunk * 8;
+    } else if (dense) {
+      k += S::kKeys * S::D, v += S::kKeys * S::D;
+    } else {
+      const Segment& s = p.segments[cursor.runs[cursor.run].segment];
+      k += S::kKeys * s.k.row, v += S::kKeys * s.v.row;
+    }
+    const int first = cursor.key + begin;
+    const bool whole = kEven && first >= whole_low && first + S::kWarpKeys <= whole_high;
+    if (whole && dense) {
+      copy_rows(stage, k, S::D);
+      copy_rows(stage + S::kMatrix, v, S::D);
+      return;
+    }
+    const Segment& segment = p.segments[cursor.runs[cursor.run].segment];
 #pragma unroll 1
     for (int matrix = 0; matrix < 2; ++matrix) {
-      const Segment& segment = p.segments[cursor.runs[cursor.run].segment];
-      const int64_t stride = matrix ? segment.v.row : segment.k.row;
-      const Element* from = matrix ? v : k;
-      const uint32_t to = stage + matrix * S::kMatrix;
-      if (whole && kEven) {
-        const int row = thread / S::kChunks, chunk = thread % S::kChunks;
-        const Element* at = from + (first + row) * stride + chunk * 8;
-        const uint32_t there = to + chunk_at<S::D, S::kKeys>(begin + row, chunk);
-#pragma unroll
-        for (int j = 0; j < kTotal / kThreads; ++j) {
-          // kStep rows on: the row's place in its group of eight may change, by a constant
-          copy_async((there ^ (j * kStep % 8 * 16)) + j * kStep * 128, at, true);
-          at += kStep * stride;
-        }
+      const Rows& rows = matrix ? segment.v : segment.k;
+      if (whole) {
+        copy_rows(stage + matrix * S::kMatrix, matrix ? v : k, rows.row);
       } else {
-        slowly(p, session, hull, from, stride, to, first, thread);
+        slowly(p, session, hull, static_cast<const Element*>(rows.data) + b * rows.batch + hk * rows.head, rows.row,
+               stage + matrix * S::kMatrix, first, threadIdx.x % S::kGroup);
       }
+    }
+  }
+
+  // How many of the next tiles `issue_plain` can load.
+  __device__ __forceinline__ int plain() const {
+    return kEven && dense ? cursor.plain(whole_low - begin, whole_high - begin, S::kKeys, S::kWarpKeys) : 0;
+  }
+  __device__ __forceinline__ void issue_plain(uint32_t stage) {
+    cursor.step(S::kKeys);
+    k += S::kKeys * S::D, v += S::kKeys * S::D;
+    copy_rows(stage, k, S::D);
+    copy_rows(stage + S::kMatrix, v, S::D);
+  }
+
+  // The group's part of a tile whose rows may all be read.
+  __device__ __forceinline__ void copy_rows(uint32_t tile, const Element* from, int64_t stride) const {
+    const uint32_t to = tile + place;
+#pragma unroll
+    for (int j = 0; j < kTotal / S::kGroup; ++j) {
+      // kStep rows on: the row's place in its group of eight may change, by a constant
+      copy_async((to ^ (j * kStep % 8 * 16)) + j * kStep * 128, from + j * kStep * stride, true);
     }
   }
 
@@ -138,7 +176,7 @@ struct Loader {
     const int capacity = p.segments[segment].capacity;
     const bool ring = p.segments[segment].window > 0;
 #pragma unroll 2
-    for (int i = thread; i < kTotal; i += kThreads) {
+    for (int i = thread; i < kTotal; i += S::kGroup) {
       const int row = i / S::kChunks, chunk = i % S::kChunks, index = first + row;
       const bool seen = index < high && (index >= low || index < view.sinks);
       const int slot = seen ? slot_of(index, capacity, p.ring_sinks, ring) : kNoSlot;
@@ -149,14 +187,17 @@ struct Loader {
   }
 };
 
-// After a wait for one's own loads: all loads of the tile have arrived, and all warps are done with the tile before.
+// After a wait for one's own loads: all loads of the group's part of the tile have arrived, and all of its warps are
+// done with the tile before.
 template <class S>
 __device__ __forceinline__ void tile_barrier() {
   if constexpr (S::kWgmma) publish();
-  if constexpr (S::kPrivate) {
+  if constexpr (S::kGroup == 32) {
     __syncwarp();
-  } else {
+  } else if constexpr (S::kGroup == S::kThreads) {
     __syncthreads();
+  } else {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(1 + threadIdx.x / S::kGroup), "n"(S::kGroup) : "memory");
   }
 }
 template <class S>

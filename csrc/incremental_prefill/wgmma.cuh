@@ -17,10 +17,15 @@ namespace sk::incremental_prefill {
 
 #if SK_WGMMA
 
-// A matrix in panels of 64 columns as tiles.cuh lays them out (128-byte swizzle). `leading`: bytes between panels, for
-// products that run along the rows; `from`: shared address of its corner, eight rows apart 1024 bytes.
-__device__ __forceinline__ uint64_t describe(uint32_t from, uint32_t leading) {
-  return uint64_t{(from & 0x3ffff) >> 4} | uint64_t{leading >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+// A matrix in panels of 64 columns as tiles.cuh lays them out (128-byte swizzle), eight rows 1024 bytes apart: the low
+// word is its shared address, and the bytes between panels for products that run along the rows, in units of 16 bytes.
+__device__ __forceinline__ uint32_t low_word(uint32_t from, uint32_t between) {
+  // In a cluster, addresses have the block's rank above bit 24. One value for the warp: it may stay where products want
+  // it.
+  return __shfl_sync(~0u, (from & 0x3ffff) >> 4 | (between >> 4) << 16, 0);
+}
+__device__ __forceinline__ uint64_t describe(uint32_t low, int bytes_on) {
+  return uint64_t{1024 >> 4 | 1 << 30} << 32 | (low + (bytes_on >> 4));
 }
 
 __device__ __forceinline__ void open_products() {
@@ -34,22 +39,13 @@ __device__ __forceinline__ void publish() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
-// c = a b, or c += a b if `add`. TRANSPOSED: b is [k, n], else [n, k].
+// c = a b, or c += a b if `add`. TRANSPOSED: a in registers, b [k, n]; else a in shared memory, b [n, k].
 template <typename Element, int N, bool TRANSPOSED>
 struct Product;
 
 // clang-format off
 template <>
 struct Product<BFloat16, 32, false> {
-  static __device__ __forceinline__ void run(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-      "%11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n "
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-  }
   static __device__ __forceinline__ void run(float (&c)[4][4], uint64_t a, uint64_t b, bool add) {
     asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
@@ -62,18 +58,6 @@ struct Product<BFloat16, 32, false> {
 };
 template <>
 struct Product<BFloat16, 64, false> {
-  static __device__ __forceinline__ void run(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
-      "%31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n "
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
-        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-  }
   static __device__ __forceinline__ void run(float (&c)[8][4], uint64_t a, uint64_t b, bool add) {
     asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -157,15 +141,6 @@ struct Product<BFloat16, 256, true> {
 };
 template <>
 struct Product<Float16, 32, false> {
-  static __device__ __forceinline__ void run(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-      "%11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n "
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-  }
   static __device__ __forceinline__ void run(float (&c)[4][4], uint64_t a, uint64_t b, bool add) {
     asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
@@ -178,18 +153,6 @@ struct Product<Float16, 32, false> {
 };
 template <>
 struct Product<Float16, 64, false> {
-  static __device__ __forceinline__ void run(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
-      "%31}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n "
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
-        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-  }
   static __device__ __forceinline__ void run(float (&c)[8][4], uint64_t a, uint64_t b, bool add) {
     asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -278,7 +241,8 @@ struct Product<Float16, 256, true> {
 // never called: no instance asks for products of a warpgroup
 template <typename Element, int N, bool TRANSPOSED>
 struct Product;
-__device__ uint64_t describe(uint32_t from, uint32_t leading);
+__device__ uint32_t low_word(uint32_t from, uint32_t between);
+__device__ uint64_t describe(uint32_t low, int bytes_on);
 __device__ void open_products();
 __device__ void finish_products();
 __device__ void publish();

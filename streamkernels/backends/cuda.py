@@ -46,16 +46,10 @@ def reason(call: Call) -> str | None:
     return kernel(call) or _unavailable(call.device.index)
 
 
-# ops whose tests were all green when they last ran on a GPU; of the others' 344 tests 13 were red there
-PROVEN = ("rotate_append",)
-
-
 def hands_over(call: Call) -> str | None:
     """Why `auto` leaves a call to Triton that the CUDA kernel can run too; None where it does not."""
     if cuda_pruned.hands_over(call):
         return "Triton's kernel was measured to be faster"
-    if call.op not in PROVEN:
-        return "not all of its tests were green when they last ran on a GPU, so it is taken by name only"
     return None
 
 

@@ -52,11 +52,16 @@ class _Explained(Exception):
 _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("explaining", default=False)
 
 
+def explaining() -> bool:
+    """Whether the call in progress only wants to know its backend (`explain`)."""
+    return _explaining.get()
+
+
 def choose(call: Call, backend: str) -> str:
     """The backend that runs `call`: `backend` itself if it is named and able, the fastest able one for `auto`."""
     if backend not in BACKENDS:
         raise ValueError(f"{call.op}: backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if not torch.compiler.is_compiling() and _explaining.get():
+    if not torch.compiler.is_compiling() and explaining():
         raise _Explained(_explanation(call, backend))
     if backend == "reference":
         return backend

@@ -249,6 +249,42 @@ def test_a_refusal_changes_nothing(case):
         cache.commit()
 
 
+@pytest.mark.parametrize("case", BAD)
+def test_what_differs_from_a_call_that_went_through_is_checked(case):
+    changes, error, text = BAD[case]
+    cache = cache_of()
+    call = {"q": Q, "k": K, "v": V, "cos": COS, "sin": SIN, "cache": cache, "layer": 0, "role": SOURCE}
+    incremental_prefill(**call)
+    cache.discard()
+    with pytest.raises(error, match=text):
+        incremental_prefill(**call | changes)
+    with pytest.raises(RuntimeError, match="must have staged"):
+        cache.commit()
+
+
+def test_calls_that_look_alike_are_checked_once(monkeypatch):
+    from streamkernels.ops.incremental_prefill import api
+
+    cache = cache_of()
+    call = {"q": Q, "k": K, "v": V, "cos": COS, "sin": SIN, "cache": cache, "layer": 0, "role": SOURCE}
+    first, lse = incremental_prefill(**call, return_lse=True)
+    monkeypatch.setattr(api, "check_chunk", None)
+    again, lse_again = incremental_prefill(**call, return_lse=True)
+    assert torch.equal(first, again) and torch.equal(lse, lse_again)
+    for changed in ({"scale": 1.0}, {"role": TARGET}, {"q": Q.clone().requires_grad_()}, {"backend": "reference"}):
+        with pytest.raises(TypeError, match="not callable"):
+            incremental_prefill(**call | changed)
+    with pytest.raises(TypeError, match="not callable"):
+        explain(incremental_prefill, **call)
+    cache.commit()
+    incremental_prefill(**call)
+    # a session fewer: checked again
+    cache.discard()
+    cache.select(torch.tensor([0]))
+    with pytest.raises(TypeError, match="not callable"):
+        incremental_prefill(**call)
+
+
 def test_bounded_caches_refuse_long_chunks_and_more_sinks_than_they_keep():
     cache = cache_of(capacity=1, window=3, sinks=1, max_chunk=T - 1)
     with pytest.raises(ValueError, match="at most max_chunk = 6 rows"):

@@ -293,15 +293,15 @@ def test_prefill_plans_see_what_the_reference_sees(native: ctypes.CDLL, keys: in
 
 def test_prefill_shares_cover_every_step(native: ctypes.CDLL) -> None:
     out = (ctypes.c_int * 2)()
-    for items, steps, workers, smallest in itertools.product(
-        (1, 4, 8, 28, 112, 900), (1, 2, 7, 9, 33, 512, 16384), (14, 30, 66, 132), (0, 1, 3)
+    for items, steps, workers, smallest, blocks in itertools.product(
+        (1, 4, 8, 28, 112, 900), (1, 2, 7, 9, 33, 512, 16384), (14, 30, 66, 132), (0, 1, 3), (1, 8)
     ):
-        native.shares_of(items, steps, workers, smallest, out)
+        native.shares_of(items, steps, workers, smallest, blocks, out)
         each, share = out
         assert share >= 1 and share * workers >= items * (each or steps) and each % share == 0
         assert each == 0 or steps <= each < steps + share
-        # no more than a few steps longer than it has to be
-        assert share <= max(-(-items * steps // workers), 2 << smallest) + 4, (items, steps, workers)
+        # of a worker's blocks, no one has more than a few steps more than it has to have
+        assert share <= max(-(-items * steps // workers), 2 << smallest) + 4 * blocks, (items, steps, workers)
 
 
 def test_prefill_parts_tile_their_range(native: ctypes.CDLL) -> None:

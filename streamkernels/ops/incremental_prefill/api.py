@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...backends.select import Call, choose
+from ...backends.select import Call, choose, explaining
 from ...core.cache import Staged, StreamCache
 from ...core.chunk import check_chunk
 from ...core.shapes import check_int, check_number, refuse
@@ -85,6 +87,12 @@ def incremental_prefill(
         RuntimeError: a call from inside a backward, as gradient checkpointing makes: the cache has moved on, it cannot
             be repeated.
     """
+    plain = source_limit is source_begin is target_begin is sink_logits is None and type(sinks) is int and sinks == 0
+    key = _look_of(q, k, v, cos, sin, cache, layer, role, scale, softcap, interleaved, backend) if plain else None
+    if (known := _known.get(key)) is not None:
+        staged = cache.stage(layer, role, q.shape[2])
+        o, lse = attend(q, k, v, cos, sin, None, staged, known)
+        return (o, lse) if return_lse else o
     shapes = check_chunk(OP, k, v, cos, sin, cache, layer, role)
     shapes.tensor("q", q, "B H T D", dtype=cache.dtype, unit_last_stride=True)
     shapes.heads()
@@ -119,7 +127,53 @@ def incremental_prefill(
         o, lse = IncrementalPrefill.apply(q, k, v, sink_logits, cos, sin, cache, layer, staged, options)
     else:
         o, lse = attend(q, k, v, cos, sin, sink_logits, staged, options)
+        if key is not None:
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[key] = options
     return (o, lse) if return_lse else o
+
+
+# Calls that went through, by all that the checks and the choice of a backend look at: a step's calls are all alike, and
+# the checks of one take longer than its kernel.
+_known: dict[Any, Options] = {}
+_MOST_KNOWN = 4096
+
+
+def _look_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cache: StreamCache,
+    layer: int,
+    role: Tensor | int,
+    *options: Any,
+) -> Any:
+    """What tells a call without limits, begins and sinks from another one; None for a call that must be checked."""
+    if torch.compiler.is_compiling() or explaining() or type(cache) is not StreamCache or cache.bounded:
+        return None
+    tensors = (q, k, v) if cos is None or sin is None else (q, k, v, cos, sin)
+    if len(tensors) < 5 and cos is not sin:
+        return None
+    grad = torch.is_grad_enabled()
+    look: list[Any] = [layer, role, *options]
+    if type(layer) is not int or type(role) is not int or not 0 <= layer < cache.layers:
+        return None
+    for x in tensors:
+        if type(x) is not Tensor or (grad and x.requires_grad):
+            return None
+        look += (x.shape, x.stride(), x.dtype, x.device)
+    held = cache.segment(layer, 0)[0]
+    # a growing segment keeps these
+    look += (held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
+    # True is 1, and 1.0 is too
+    types = tuple(type(x) for x in options)
+    return (*look, types) if _PLAIN.issuperset(types) else None
+
+
+_PLAIN = frozenset((type(None), float, int, bool, str))
 
 
 def _sinks(sinks: int | tuple[int, int], cache: StreamCache) -> tuple[int, int]:

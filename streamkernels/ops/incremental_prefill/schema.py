@@ -47,12 +47,13 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor]:
     *call, backend = arguments
     _refuse_blocks(call.pop(BLOCK_TABLE))
     room = {"reference": reference, "triton": triton, "cuda": cuda}[backend]
-    with torch.no_grad():
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            o, lse = room.incremental_prefill(*call)  # type: ignore[attr-defined]
+    else:
         o, lse = room.incremental_prefill(*call)  # type: ignore[attr-defined]
     # an op of torch.library does not count its writes by itself
-    for x in (*call[BUFFERS], call[STATUS]):
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+    torch.autograd.graph.increment_version([x for x in (*call[BUFFERS], call[STATUS]) if not x.is_inference()])
     return o, lse
 
 

@@ -136,9 +136,9 @@ EXPORT void part_of(int begin, int end, int i, int n, int* out) {
   out[1] = r.end;
 }
 
-// steps of an item and of a share when `items` of `steps` are alike
-EXPORT void shares_of(int items, int steps, int workers, int smallest, int* out) {
-  const auto s = sk::incremental_prefill::even_shares(items, steps, workers, workers / items, smallest);
+// steps of an item and of a share when `items` of `steps` are alike, for workers of `blocks`
+EXPORT void shares_of(int items, int steps, int workers, int smallest, int blocks, int* out) {
+  const auto s = sk::incremental_prefill::even_shares(items, steps, workers, workers / items, smallest, blocks);
   out[0] = s.per_item;
   out[1] = s.share;
 }
