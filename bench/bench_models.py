@@ -205,10 +205,9 @@ def test_a_write_step(name, compiled, rows):
     model, bandwidth = build(name), (1 << 30) / read_time(1 << 30) / 1e3
     context = Context(model, [(4096, 4096)])
     with torch.inference_mode():
-        ours = Ours(model, context, graphs=True)
+        called = torch.compile(model, fullgraph=True, dynamic=False, options=INDUCTOR) if compiled else model
+        ours = Ours(called, context, graphs=True)
         step = ours.batch._model
-        if compiled:
-            step._lm = torch.compile(model, fullgraph=True, dynamic=False, options=INDUCTOR)
         from streamkernels.streaming import Step
 
         for _ in range(2):
