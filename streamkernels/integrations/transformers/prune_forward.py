@@ -211,10 +211,9 @@ class Pass:
 
     def _is_causal(self, layer: int, q: Tensor, k: Tensor) -> bool:
         """Whether a prompt's rows see the rows before them and nothing else, so that PyTorch's own attention, which
-        knows that mask best, computes what the spans say."""
-        rows = self.rows[layer]
-        whole = rows is None or rows.full
-        return whole and not self.keys[layer].width and q.shape[2] == k.shape[2] and self._stage(layer) is None
+        knows that mask best, computes what the spans say. Empty rows are behind a sample's own, which never see them,
+        and what they compute is dropped."""
+        return not self.keys[layer].width and q.shape[2] == k.shape[2] and self._stage(layer) is None
 
     def _decode_spans(self, layer: int, k: Tensor) -> Spans:
         keys = self.keys[layer]
