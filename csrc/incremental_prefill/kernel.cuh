@@ -67,7 +67,7 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
   bool ready = false;
 #pragma unroll 1
   while (true) {
-    if (ready && fresh.begin == fresh.end && depth > 1 && plan.inner == 0.f) {
+    if (S::kPlainLoop && ready && fresh.begin == fresh.end && depth > 1 && plan.inner == 0.f) {
       // tiles that need no look at single keys, neither to load nor to attend to: most of a long context
       int n = cursor.plain(free_low, free_high, S::kKeys, S::kKeys);
       const int loads = loader.plain();

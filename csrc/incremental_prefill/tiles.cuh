@@ -35,6 +35,8 @@ struct Shape {
   // Where there are registers left. Never beside products of a warpgroup: ptxas 13.0 then gave weights the registers of
   // queries that the next tile still needed (64 columns; seen in SASS, and as wrong results).
   static constexpr bool kQueryInRegisters = D <= 128 && WARPS_M == 1;
+  // elsewhere a second copy of the products does not fit into registers
+  static constexpr bool kPlainLoop = D <= 128 || kWgmma || WARPS_M == 1;
   static_assert(kWarpKeys % 16 == 0 && D % 32 == 0, "whole 16 x 16 blocks");
 };
 
