@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--prompt", help="text before the source (default: the checkpoint's)")
     demo.add_argument("--header", help="text before the target (default: the checkpoint's)")
     demo.add_argument("--source-end", help="text after the source (default: the checkpoint's)")
-    demo.add_argument("--device", default="cpu", help="default: cpu")
+    demo.add_argument("--device", default="auto", help="default: cuda where there is a GPU, else cpu")
     demo.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
     info = commands.add_parser("info", help="versions, backends, GPU", description="What streamkernels can use here.")
     info.set_defaults(run=_info)

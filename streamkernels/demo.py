@@ -42,8 +42,14 @@ class Options:
     source_end: str | None = None
     max_tokens: int = 256
     early_end: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "float32"
+
+    def place(self) -> str:
+        """The device, "auto" resolved: the GPU where there is one."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class HoldOn:
@@ -185,7 +191,7 @@ def _load(options: Options) -> tuple[Path, Any]:
     try:
         from .integrations.transformers.checkpoint import load_checkpoint
 
-        return path, load_checkpoint(path, dtype=getattr(torch, options.dtype), device=options.device)
+        return path, load_checkpoint(path, dtype=getattr(torch, options.dtype), device=options.place())
     except Exception as error:  # transformers, safetensors and torch raise all sorts for what is wrong with a folder
         raise DemoError(f"--model {path}: {_sentence(error)}") from error
 
@@ -207,19 +213,22 @@ def demo(options: Options, out: TextIO) -> None:
         named = policy_of(options.policy or checkpoint.policy or "wait-k:5")
         policy = named if options.early_end or isinstance(named, ReadAll) else HoldOn(named)
         from .integrations.transformers import StreamSession
+        from .integrations.transformers.patch import handle_of
 
         texts = {name: getattr(options, name) for name in ("prompt", "header", "source_end")}
         texts = {name: getattr(checkpoint, name) if text is None else text for name, text in texts.items()}
         try:
-            session = StreamSession(
-                checkpoint.model, checkpoint.tokenizer, policy, max_target_tokens=options.max_tokens, **texts
-            )
+            # rotate, write and attend in one op: where that is one kernel on a GPU, the step is what it saves
+            more = {"fused": "auto", "max_target_tokens": options.max_tokens, **texts}
+            session = StreamSession(checkpoint.model, checkpoint.tokenizer, policy, **more)
         except (ValueError, NotImplementedError) as error:
             raise DemoError(f"--model {path}: {_sentence(error)}") from error
         view: View = Trace(out) if options.trace else Columns(out)
         count = sum(p.numel() for p in checkpoint.model.parameters())
         kind = type(checkpoint.model).__name__
-        opening = Opening(str(path), kind, count, options.dtype, options.device, repr(policy), **texts)
+        handle = handle_of(checkpoint.model)
+        fused = handle is not None and handle.fused
+        opening = Opening(str(path), kind, count, options.dtype, options.place(), fused, repr(policy), **texts)
         with session, _threads(count):
             try:
                 _stream(session, checkpoint.model, Utterances(stream), options, view, opening)

@@ -24,6 +24,7 @@ class Opening:
     parameters: int
     dtype: str
     device: str
+    fused: bool
     policy: str
     prompt: str
     header: str
@@ -89,7 +90,8 @@ class Columns:
 
     def begin(self, opening: Opening) -> None:
         size = f"{opening.parameters / 1e6:.1f} M parameters"
-        what = f"{opening.architecture}, {size}, {opening.dtype} on {opening.device}"
+        attention = "fused" if opening.fused else "not fused"
+        what = f"{opening.architecture}, {size}, {opening.dtype} on {opening.device}, {attention}"
         self._line_of(f"{opening.model} ({what})")
         self._line_of(opening.policy)
         self._line_of()

@@ -253,6 +253,33 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-4), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_the_fused_path_where_it_is_fastest(
+    chosen: bool, dtype: str, most: float, llama: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every step is fused, on the GPU if there is one, or where --device says; it agrees with one forward."""
+    from streamkernels.integrations.transformers import fused
+
+    calls: list[str] = []
+    honest = fused.incremental_prefill
+
+    def counted(q: torch.Tensor, *given: Any, **options: Any) -> Any:
+        calls.append(q.device.type)
+        return honest(q, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "incremental_prefill", counted)
+        where = ("--device", "cpu") if chosen else ()
+        records = traced(capsys, "--model", str(llama), "--text", text, "--dtype", dtype, *where)
+    device = "cpu" if chosen or not torch.cuda.is_available() else "cuda"
+    assert records[0]["device"] == device and records[0]["fused"] is True
+    counts = records[-1]["counts"]
+    forwards = sum(counts[f"{kind}_forwards"] for kind in ("read", "write", "merged"))
+    assert calls == [device] * (SIZES["num_hidden_layers"] * forwards) and forwards
+    assert 0 < records[-1]["one_shot_difference"] < most
+
+
 @pytest.mark.parametrize("arguments, message", MISTAKES)
 def test_mistakes(
     arguments: list[str],

@@ -61,8 +61,9 @@ class VisionPruning:
             selects anew among all vision tokens before it, and its text, and what is generated behind it, attends to
             those by their places (`KEPT` spans). Without shallow stages and with positions "kept" only.
         when_unprofitable: what to do if the committed costs of this device (`streamkernels/pruning/costs.py`) say that
-            a prompt is faster without: "warn" (and prune), "off" (run it dense), "ignore". Where there are no costs
-            for the device, the report says so and pruning runs.
+            a prompt is faster without, as a short one is in eager mode, where launches on the host take the time:
+            "warn" (and prune), "off" (run it dense), "ignore". Where there are no costs for the device, the report says
+            so and pruning runs.
 
     Raises TypeError or ValueError, naming the attribute.
     """

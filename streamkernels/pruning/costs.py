@@ -1,8 +1,10 @@
 """What pruning costs and saves on a device, from measurements that are committed here, never from timing in a call.
 
-An entry says how long a decoder layer takes for so many rows, as a straight line, and what probing one layer adds to it
-(scores, selection, the read by the host, the launches that wait for it). `verdict` compares what the rows that vanish
-save at best with what finding them costs at least: "no" is therefore certain, "yes" means possible.
+An entry says how long a decoder layer takes for so many rows, as a straight line, what the host takes to launch one in
+eager mode, and what probing one layer adds there (scores, selection, the read by the host, the launches that wait for
+it). `verdict` compares what the rows that vanish save at best with what finding them costs at least: "yes" means
+possible; "no" is certain where the host is not much faster than the one of the measurement. In a CUDA graph the host
+costs nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from .stages import len_left
 @dataclass(frozen=True)
 class Cost:
     """Microseconds, measured on `device` for a layer of `macs` multiply-accumulates a row: a layer of n rows takes
-    max(`least`, `per_row` * n), probing a layer adds `probe`. commit: of the measurement."""
+    max(`least`, `per_row` * n) there, and no less than `launch` in eager mode, where probing a layer adds `probe`.
+    commit: of the measurement (`bench/bench_pruned_models.py`)."""
 
     device: str
     macs: int
@@ -26,10 +29,12 @@ class Cost:
     per_row: float
     probe: float
     commit: str
+    launch: float = 0.0
 
-    def layer(self, rows: int, shape: ModelShape) -> float:
-        """Microseconds of one layer of `shape` for so many rows."""
-        return max(self.least, self.per_row * rows * shape.row_macs() / self.macs)
+    def layer(self, rows: int, shape: ModelShape, captured: bool = False) -> float:
+        """Microseconds of one layer of `shape` for so many rows, in eager mode or captured in a CUDA graph."""
+        least = self.least if captured else max(self.least, self.launch)
+        return max(least, self.per_row * rows * shape.row_macs() / self.macs)
 
 
 @dataclass(frozen=True)
@@ -40,27 +45,47 @@ class Verdict:
     text: str
 
 
-# by the name that torch.cuda.get_device_name gives; none has been measured and committed yet
-COSTS: Mapping[str, Cost] = {}
+LAUNCHES = "; the host's launches take that time, in a CUDA graph pruning may pay"
+# by the name that torch.cuda.get_device_name gives. H200: LLaVA-1.5-7B's shape, torch 2.11; captured prefills of 624
+# and 2928 rows for the line, what is left of a captured pruned one for the small layers, eager tokens and prefills for
+# the host, a virtual machine
+COSTS: Mapping[str, Cost] = {
+    "NVIDIA H200": Cost("NVIDIA H200", 202_375_168, 220.0, 0.95, 530.0, "cc7c74b", launch=580.0),
+}
 
 
-def verdict(config: VisionPruning, shape: ModelShape, device: str, batch: int, tokens: int, vision: int) -> Verdict:
-    """Whether pruning `vision` of the `tokens` rows of each of `batch` samples can pay on the device of that name."""
+def verdict(
+    config: VisionPruning,
+    shape: ModelShape,
+    device: str,
+    batch: int,
+    tokens: int,
+    vision: int,
+    *,
+    captured: bool = False,
+) -> Verdict:
+    """Whether pruning `vision` of the `tokens` rows of each of `batch` samples can pay on the device of that name, in
+    eager mode or `captured` in a CUDA graph."""
     cost = COSTS.get(device)
     if cost is None:
         return Verdict(None, f"unknown, no committed costs for {device!r}")
-    dense = shape.layers * cost.layer(batch * tokens, shape)
+
+    def layer(rows: int) -> float:
+        return cost.layer(batch * rows, shape, captured)
+
+    dense, probe = shape.layers * layer(tokens), 0.0 if captured else cost.probe
     if config.schedule is None:
         # at best the first probed layer filters and the exit follows as soon as it may
         probes = config.first_probe_layer + 1
-        ours = probes * cost.layer(batch * tokens, shape) + cost.probe
-        ours += (shape.layers - probes) * cost.layer(batch * (tokens - vision), shape)
+        ours = probes * layer(tokens) + probe + (shape.layers - probes) * layer(tokens - vision)
     else:
-        left = [len_left(config, layer, vision) for layer in range(shape.layers)]
-        ours = sum(cost.layer(batch * (tokens - vision + n), shape) for n in left) + len(config.schedule) * cost.probe
+        left = [len_left(config, index, vision) for index in range(shape.layers)]
+        ours = sum(layer(tokens - vision + n) for n in left) + len(config.schedule) * probe
     saved = (dense - ours) / 1000
-    text = f"{saved:.2f} ms of a prefill {'at best' if config.schedule is None else ''}".strip()
+    where = f"on {device!r} (costs of commit {cost.commit})"
     if saved > 0:
-        return Verdict(True, f"yes, {text} saved on {device!r} (costs of commit {cost.commit})")
-    lost = f"{-saved:.2f} ms of a prefill lost at least"
-    return Verdict(False, f"no, {lost} on {device!r} (costs of commit {cost.commit})")
+        text = f"{saved:.2f} ms of a prefill {'at best' if config.schedule is None else ''}".strip()
+        return Verdict(True, f"yes, {text} saved {where}")
+    text = f"no, {-saved:.2f} ms of a prefill lost at least {where}"
+    in_a_graph = not captured and verdict(config, shape, device, batch, tokens, vision, captured=True).profitable
+    return Verdict(False, text + (LAUNCHES if in_a_graph else ""))

@@ -22,12 +22,14 @@ SLOTS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Block:
-    """`width` keys, of which the first count[b] of sample b mean something (None: all). hidden: bool [B, width], those
-    that later rows do not see all the same."""
+    """`width` keys, of which the first count[b] of sample b mean something (None: all, and all tokens of the prompt).
+    hidden: bool [B, width], those that later rows do not see all the same. full: whether count is known to be the
+    width everywhere."""
 
     width: int
     count: Tensor | None = None
     hidden: Tensor | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class Keys:
     def __post_init__(self) -> None:
         runs, begin, at = [], 0, 0
         for block in self.blocks:
-            if block.count is not None:
+            if block.count is not None and not block.full:
                 runs.append((begin, block.count + at))
                 begin = at + block.width
             at += block.width
@@ -59,6 +61,11 @@ class Keys:
             kept = where(self.live(like.shape[0], like.device))
         for name, value in (("runs", tuple(runs)), ("begin", begin), ("kept", kept)):
             object.__setattr__(self, name, value)
+
+    @property
+    def plain(self) -> bool:
+        """Whether later rows see every key."""
+        return self.begin == 0 and not self.runs and self.kept is None
 
     @property
     def width(self) -> int:
@@ -90,7 +97,7 @@ class Keys:
         cropped again and count as generated."""
         width = rows.width - guesses
         count = None if rows.whole else rows.count - guesses
-        block = Block(width, count, rows.is_vision[:, :width] if hide_vision else None)
+        block = Block(width, count, rows.is_vision[:, :width] if hide_vision else None, rows.full and not rows.whole)
         return Keys((*self.blocks, block), shift)
 
     def live(self, B: int, device: torch.device) -> Tensor:

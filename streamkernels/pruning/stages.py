@@ -7,6 +7,8 @@ list (index int32 [B, W], count int32 [B]) for `compact`.
 
 from __future__ import annotations
 
+import struct
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ..ops.compact import compact
 from ..ops.select_tokens import select_tokens, visipruner_exit, visipruner_select
+from ..ops.token_scores import TokenScores
 from .config import VisionPruning
 from .layout import VisionLayout
 from .scores import Probe
@@ -30,7 +33,8 @@ class Rows:
 
     origin: int32 [B, W], the token of the call that each row is, -1 behind the count. count: int32 [B]. is_vision: bool
     [B, W]. vision: int32 [B, K], the rows that are vision tokens, ascending, then -1; vision_count: int32 [B]. whole:
-    whether they are all the tokens of the call, in place.
+    whether they are all the tokens of the call, in place. full: whether every sample is known to fill the width, so
+    that there are no empty rows.
     """
 
     origin: Tensor
@@ -39,6 +43,7 @@ class Rows:
     vision: Tensor
     vision_count: Tensor
     whole: bool = False
+    full: bool = False
 
     @property
     def width(self) -> int:
@@ -52,22 +57,33 @@ class Rows:
         every = torch.arange(T, dtype=torch.int32, device=vision.device).expand(B, T)
         count = torch.full((B,), T, dtype=torch.int32, device=vision.device)
         listed, vision_count = where(vision, most)
-        return cls(every, count, vision, listed, vision_count, whole=True)
+        return cls(every, count, vision, listed, vision_count, whole=True, full=True)
 
-    def keep(self, index: Tensor, count: Tensor, most: int | None = None) -> Rows:
+    def keep(self, index: Tensor, count: Tensor, most: int | None = None, full: bool = False) -> Rows:
         """Only the rows of the list (index [B, W], count [B]), the one that `compact` gets."""
-        behind = torch.arange(index.shape[1], device=index.device) >= count[:, None]
-        origin = compact(self.origin, index, count).masked_fill(behind, -1)
-        is_vision = compact(self.is_vision, index, count)
-        return Rows(origin, count, is_vision, *where(is_vision, most))
+        origin = taken(self.origin, index, count, full)
+        if not full:
+            behind = torch.arange(index.shape[1], device=index.device) >= count[:, None]
+            origin = origin.masked_fill(behind, -1)
+        is_vision = taken(self.is_vision, index, count, full)
+        return Rows(origin, count, is_vision, *where(is_vision, most), full=full)
 
     def back(self, x: Tensor, T: int) -> Tensor:
         """x [B, W, C] of these rows -> [B, T, C] in the places of the call, 0 where a token has no row."""
         B, W = self.origin.shape
+        if B == 1 and self.full:
+            return x.new_zeros((1, T, x.shape[2])).index_copy_(1, self.origin[0].long(), x)
         at = torch.full((B, T + 1), -1, dtype=torch.int32, device=x.device)
         own = torch.arange(W, dtype=torch.int32, device=x.device).expand(B, W)
         at = at.scatter(1, self.origin.long().where(self.origin >= 0, T), own)[:, :T].contiguous()
         return compact(x, at, torch.full((B,), T, dtype=torch.int32, device=x.device))
+
+
+def taken(x: Tensor, index: Tensor, count: Tensor, full: bool, dim: int = 1) -> Tensor:
+    """`compact`; for one sample that fills the width (`full`) PyTorch's own gather, a small part of the launch."""
+    if full and x.shape[0] == 1:
+        return x.index_select(dim, index[0])
+    return compact(x, index, count, dim=dim)
 
 
 def where(mask: Tensor, most: int | None = None) -> Move:
@@ -112,6 +128,8 @@ class Stages:
         device = vision.device
         self.phase = torch.full((B,), SEARCHING, dtype=torch.int32, device=device)
         self._hits = torch.zeros((B,), dtype=torch.int32, device=device)
+        # of a single sample: whether it was filtered, what it kept, how many layers were quiet since
+        self._found, self._held, self._quiet = False, 0, 0
         # the layers after which the tokens were filtered and all dropped, -1 for never
         self.filter_layer = torch.full((B,), -1, dtype=torch.int32, device=device)
         self.exit_layer = torch.full((B,), -1, dtype=torch.int32, device=device)
@@ -122,7 +140,8 @@ class Stages:
             return None
         counts = self.layout.counts
         index, count = where(self.layout.real, None if counts is None else max(n for n, _ in counts))
-        self.rows = self.rows.keep(index, count, self._most)
+        full = counts is not None and len({n for n, _ in counts}) == 1
+        self.rows = self.rows.keep(index, count, self._most, full)
         return index, count
 
     def probes(self, layer: int) -> bool:
@@ -148,9 +167,39 @@ class Stages:
         """Score the vision rows of this layer and plan what `take` returns. probe.index are `rows.vision` as keys of
         the layer's buffer; None if `needs_scores` is False."""
         if self.config.schedule is None and probe is not None:
-            self._dynamic(layer, probe)
+            (self._alone if len(self.rows.count) == 1 else self._dynamic)(layer, probe)
         else:
             self._scheduled(layer, probe)
+
+    def _alone(self, layer: int, probe: Probe) -> None:
+        """`_dynamic` of one sample, of which the host knows the phase: what it need not ask is not computed. A layer
+        that changes nothing, as nearly all do, costs the scores, a few launches and the read."""
+        config, rows = self.config, self.rows
+        scores = probe.scores()
+        self.reads += 1
+        if self._found:
+            # entries behind the count have the cosine 1
+            quiet = bool((scores.cosine >= config.exit_threshold).all())
+            self._quiet = self._quiet + 1 if quiet else 0 if config.consecutive else self._quiet
+            if not quiet or self._quiet < config.exit_count:
+                return
+            self._done, left, lost = True, 0, self._held
+            kept, kept_count = rows.vision, torch.zeros_like(rows.vision_count)
+            self.exit_layer = torch.full_like(self.exit_layer, layer)
+        else:
+            options = {"layer_threshold": config.layer_threshold, "token_threshold": config.token_threshold}
+            left, own = _found_and_left(scores, rows.vision_count, **options)
+            self._done = own == 0
+            if left < 0:
+                return
+            self._found, self._held, self._done, lost = True, left, left == 0, own - left
+            self.filter_layer = torch.full_like(self.filter_layer, layer)
+            kept, kept_count = select_tokens(
+                scores.norm, threshold=config.token_threshold, index=rows.vision, count=rows.vision_count
+            )
+        if lost:
+            index, count = self._without(kept, kept_count)
+            self._plan(layer, index[:, : rows.width - lost].contiguous(), count, left, rows.full)
 
     def _dynamic(self, layer: int, probe: Probe) -> None:
         config, rows = self.config, self.rows
@@ -204,7 +253,9 @@ class Stages:
         if most == 0:
             self.exit_layer = torch.full_like(self.exit_layer, layer)
         index, count = self._without(kept, kept_count)
-        self._plan(layer, index[:, :width].contiguous(), count, most)
+        # empty rows behind a sample's own: those of samples that had fewer, or kept more
+        full = rows.full and len({n - v + left for (n, v), left in zip(counts, wanted, strict=True)}) == 1
+        self._plan(layer, index[:, :width].contiguous(), count, most, full)
 
     def _originally(self) -> Tensor:
         own = self.layout.vision if self.layout.real is None else self.layout.vision & self.layout.real
@@ -220,10 +271,26 @@ class Stages:
         text = ~rows.is_vision & (torch.arange(W, device=kept.device) < rows.count[:, None])
         return where(stays[:, :W] | text)
 
-    def _plan(self, layer: int, index: Tensor, count: Tensor, most: int) -> None:
-        rows = self.rows.keep(index, count, most)
+    def _plan(self, layer: int, index: Tensor, count: Tensor, most: int, full: bool = False) -> None:
+        rows = self.rows.keep(index, count, most, full)
         self._pending = rows, (index, count)
         self.drops.append(Drop(layer, rows))
+
+
+def _found_and_left(
+    scores: TokenScores, own: Tensor, *, layer_threshold: float, token_threshold: float
+) -> tuple[int, int]:
+    """Of one sample with `own` [1] listed tokens: how many `visipruner_select` keeps, -1 where it finds nothing, and
+    how many there are. One read of 8 bytes."""
+    # entries behind the count have the cosine 1 and the norm 0
+    stays = scores.norm > token_threshold
+    if token_threshold < 0:
+        stays &= torch.arange(stays.shape[1], device=own.device) < own[:, None]
+    found = (scores.cosine < layer_threshold).any(1)
+    left = torch.where(found, stays.sum(1, dtype=torch.int32), -1)
+    number = int(torch.cat([left, own]).view(torch.int64).item())
+    kept, had = struct.unpack("=2i", number.to_bytes(8, sys.byteorder, signed=True))
+    return kept, had
 
 
 def share(k: int | float, vision: int) -> int:

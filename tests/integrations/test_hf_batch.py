@@ -431,6 +431,35 @@ def test_sampling_follows_the_distribution():
 # graphs: the machinery on the CPU, with a graph that is replayed by calling it
 
 
+def test_a_compiled_model(tiny):
+    """Sessions call what torch.compile returned: few graphs, no break, the same texts, and the same error when full."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = tiny("qwen2", vocab=384)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    sk.patch(compiled).undo()
+    more = {"fused": True, **OPTIONS}
+    with pytest.raises(ValueError, match="cache: expected a fixed cache for a compiled model"):
+        StreamSession(compiled, ByT5Tokenizer(), WaitK(1), **more)
+    assert handle_of(model) is None
+    cache = GroupedCache.for_model(compiled, 4, capacity=(128, 64), fixed=True)
+    with SessionBatch(
+        compiled, ByT5Tokenizer(), policies(), cache=cache, sample=lambda row: never_end, **more
+    ) as batch:
+        list(batch.run(SOURCES))
+    # one row, several rows, and what a second call of either finds changed
+    assert 1 <= counter.frame_count <= 4 and sum(s.counts.forwards for s in batch) > 40
+    for row, session in enumerate(batch):
+        same(session, alone(model, row)[0])
+    frames, cache = counter.frame_count, GroupedCache.for_model(model, capacity=(24, 64), fixed=True)
+    with StreamSession(compiled, ByT5Tokenizer(), WaitK(1), cache=cache, sample=never_end, **more) as session:
+        with pytest.raises(ValueError, match="source"):
+            list(session.run(SOURCES[2]))
+        assert counter.frame_count > frames and len(session.tokens) > 4
+
+
 class Replayed:
     """What a captured graph does: the same work again, in the same memory, without telling the host."""
 

@@ -259,3 +259,31 @@ def test_a_session_compiles_to_two_graphs(tiny, random_ids, family, close):
         for _ in range(2):
             close(session(compiled), want, 1e-5)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("T, hooked", [(1, False), (1, True), (2, False)])
+def test_a_compiled_token_adds_the_bias_apart(tiny, random_ids, close, T, hooked):
+    """One row's projections are products without a bias in the traced graph, unless a hook wants to see the module."""
+    torch._dynamo.reset()
+    model, ids = tiny("qwen2", dtype=torch.float32), random_ids(1, T)
+    projection = model.model.layers[0].self_attn.q_proj
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            nn.init.normal_(getattr(layer.self_attn, name).bias)
+    if hooked:
+        projection.register_forward_hook(lambda module, given, out: 2 * out)
+    biased = []
+
+    def backend(graph, _):
+        linears = [node for node in graph.graph.nodes if node.target is nn.functional.linear]
+        biased.append(sum(len(node.args) > 2 and node.args[2] is not None for node in linears))
+        return graph
+
+    def run(step):
+        cache = GroupedCache.for_model(model, capacity=(8, 8))
+        return step(ids, past_key_values=cache, role=TARGET, position_ids=torch.arange(T)[None]).logits
+
+    with sk.patch(model, fused=True), torch.no_grad():
+        close(run(torch.compile(model, backend=backend, fullgraph=True)), run(model), 1e-5)
+    whole = 3 * len(model.model.layers)
+    assert biased == [whole if T > 1 else int(hooked)]

@@ -84,7 +84,7 @@ ONE = [[3, "image", 5]]
 @pytest.mark.parametrize("name", MAKERS)
 def test_fast(name):
     report, _ = check(model_of(name), prompt_of(name, ONE), VisionPruning.fast(**FAST))
-    assert report.probe_reads <= LAYERS - 2 and report.layout_reads == 0
+    assert report.probe_reads <= LAYERS - 2 and report.layout_reads <= 1
 
 
 @pytest.mark.parametrize("name", MAKERS)

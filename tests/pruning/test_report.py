@@ -89,3 +89,21 @@ def test_costs_say_no_only_when_it_is_certain(monkeypatch):
     saved = (24 * 2 * 576 - 100) / 1000
     text = f"yes, {saved:.2f} ms of a prefill at best saved on 'a GPU' (costs of commit abc)"
     assert costs.verdict(fast, *args).text == text
+
+
+@pytest.mark.parametrize("batch, vision, captured, expected", [
+    (1, 576, False, False), (1, 576, True, True), (8, 576, False, True),
+    (1, 2880, False, True), (1, 2880, True, True), (1, 16, True, False),
+])  # fmt: skip
+def test_the_committed_costs_say_what_was_measured(batch, vision, captured, expected):
+    """On the H200 an eager prefill of 576 vision tokens took longer pruned; captured, in batches, or of 2880 less."""
+    for config in (VisionPruning(), VisionPruning.fixed({15: 10, 24: 0})):
+        said = costs.verdict(config, LLAVA_7B, "NVIDIA H200", batch, 48 + vision, vision, captured=captured)
+        assert said.profitable is expected, said
+        assert ("in a CUDA graph pruning may pay" in said.text) == (not captured and not expected)
+
+
+def test_the_host_bounds_an_eager_layer():
+    cost = costs.Cost("a GPU", LLAVA_7B.row_macs(), 10.0, 1.0, 5.0, "abc", launch=100.0)
+    assert [cost.layer(n, LLAVA_7B) for n in (1, 50, 200)] == [100.0, 100.0, 200.0]
+    assert [cost.layer(n, LLAVA_7B, captured=True) for n in (1, 50, 200)] == [10.0, 50.0, 200.0]

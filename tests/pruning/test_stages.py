@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from streamkernels import VisionPruning, compact, span_attention, spans
+from streamkernels.ops.token_scores import TokenScores
 from streamkernels.pruning.layout import VisionLayout
 from streamkernels.pruning.scores import Probe
 from streamkernels.pruning.stages import Rows, Stages, len_left, share
@@ -48,10 +49,12 @@ def bools(*rows):
 VISION = bools("011101100", "001100000", "000000000", "111111110")
 
 
+@pytest.mark.parametrize("rows", [slice(None), [0], [1], [3]], ids=["batch", "first alone", "second", "fourth"])
 @pytest.mark.parametrize("consecutive", [False, True])
 @pytest.mark.parametrize("exit_threshold", [0.5, 0.8, 0.97])
 @pytest.mark.parametrize("token_threshold", [0.5, -1.0, 1e9], ids=["some", "all", "none"])
-def test_dynamic_selection_is_the_literal_one(token_threshold, exit_threshold, consecutive):
+def test_dynamic_selection_is_the_literal_one(token_threshold, exit_threshold, consecutive, rows):
+    given, B = VISION[rows], len(VISION[rows])
     layers = 12
     config = VisionPruning.fast(
         first_probe_layer=2,
@@ -60,15 +63,17 @@ def test_dynamic_selection_is_the_literal_one(token_threshold, exit_threshold, c
         exit_threshold=exit_threshold,
         consecutive=consecutive,
     )
-    stages = Stages(config, layers, VisionLayout(VISION))
-    kept = [row.nonzero()[:, 0].tolist() for row in VISION]
-    phase, hits, seen = ["search"] * 4, [0] * 4, {tuple(map(len, kept))}
+    stages = Stages(config, layers, VisionLayout(given))
+    kept = [row.nonzero()[:, 0].tolist() for row in given]
+    phase, hits, seen = ["search"] * B, [0] * B, {tuple(map(len, kept))}
     assert stages.start() is None
     for layer in range(layers):
         if layer:
             stages.take()
-        text = [(~row).nonzero()[:, 0].tolist() for row in VISION]
+        text = [(~row).nonzero()[:, 0].tolist() for row in given]
         assert origins(stages.rows) == [sorted(a + b) for a, b in zip(text, kept, strict=True)]
+        assert not stages.rows.full or stages.rows.count.tolist() == [stages.rows.width] * B
+        assert stages.rows.full or B > 1
         if not stages.probes(layer):
             assert layer in (0, 1, layers - 1) or not any(kept)
             continue
@@ -89,15 +94,20 @@ def test_dynamic_selection_is_the_literal_one(token_threshold, exit_threshold, c
                 if hits[b] == 2:
                     kept[b] = []
         seen.add(tuple(map(len, kept)))
-    assert len(seen) > 1 or (token_threshold < 0 and exit_threshold > 0.9), "nothing changed: the test would be blind"
+    changed = any(p == "filtered" for p in phase)
+    assert [layer >= 0 for layer in stages.filter_layer.tolist()] == [p == "filtered" for p in phase]
+    still = not changed if B == 1 else token_threshold < 0 and exit_threshold > 0.9
+    assert len(seen) > 1 or still or token_threshold < 0, "nothing changed: the test would be blind"
 
 
 class Said:
-    """A probe whose scores are given: (cosine, norm) of every vision token alike."""
+    """A probe whose scores are given: (cosine, norm) of every vision token alike; as of no token behind the count."""
 
-    def __init__(self, stages, cosine, norm):
-        shape = stages.rows.vision.shape
-        self.given = torch.full(shape, cosine), torch.full(shape, norm), torch.zeros(shape)
+    def __init__(self, stages, cosine, norm, dtype=torch.float32):
+        index, count = stages.rows.vision, stages.rows.vision_count
+        listed = torch.arange(index.shape[1]) < count[:, None]
+        both = (torch.where(listed, x, nothing).to(dtype) for x, nothing in ((cosine, 1.0), (norm, 0.0)))
+        self.given = TokenScores(*both, torch.zeros(index.shape, dtype=dtype))
 
     def scores(self):
         return self.given
@@ -122,9 +132,8 @@ def test_exits_add_up_or_follow_one_another(consecutive, gone_after):
 def test_thresholds_are_strict(cosine, norm, left):
     """Filters below 0.995, not at it; what stays is above 0.2, not at it."""
     stages = Stages(VisionPruning.fast(first_probe_layer=0), 4, VisionLayout(VISION[:1]))
-    given = Said(stages, 0.0, 0.0)
-    given.given = tuple(torch.full((1, 9), x, dtype=torch.float64) for x in (cosine, norm, 0.0))
-    stages.decide(0, given)
+    stages.decide(0, Said(stages, torch.tensor(cosine, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64),
+                          torch.float64))
     stages.take()
     assert stages.rows.vision_count.tolist() == [left]
 

@@ -18,7 +18,7 @@ from ...streaming.protocols import Decoder, Step
 from .cache import GroupedCache
 from .codec import Tokens, codec_for, ends_of, tokens_of
 from .graphs import StepGraphs
-from .model import base_of, causal_lm_of
+from .model import base_of, causal_lm_of, forward_of
 from .patch import borrow
 
 
@@ -41,7 +41,7 @@ class PatchedBatch:
         active: Callable[[], bool] = lambda: True,
         graphs: bool = False,
     ) -> None:
-        self._lm, self._base = causal_lm_of("SessionBatch", model), base_of("SessionBatch", model)
+        self._lm, self._base = forward_of("SessionBatch", model, cache.stream), base_of("SessionBatch", model)
         self.cache, self.offset = cache, check_number("SessionBatch", "offset", offset)
         self.rows, self._active = cache.stream.batch, active
         self.lengths = [[0, 0] for _ in range(self.rows)]
@@ -211,11 +211,11 @@ class SessionBatch(Sessions):
     `reset(row)` move them together. A source chunk that one session has read goes into the same forward as the token
     that another writes.
 
-    model, tokenizer, header, prompt, source_end, offset, codec: as for `StreamSession`. policy: one per session, or one
-    without state for all. rows: sessions, if there is one policy. cache: a GroupedCache of that many rows. decoder: a
-    function that makes a session's decoder (`Decoding`) from its number. fused: as for `patch`, if the model is not
-    patched yet. graphs: replay CUDA graphs, one per length of a step's longest chunk (1, 2, 4, ... 64); longer chunks
-    go without. Other options: see `Session`. Raises what `patch` raises.
+    model (compiled or not), tokenizer, header, prompt, source_end, offset, codec: as for `StreamSession`. policy: one
+    per session, or one without state for all. rows: sessions, if there is one policy. cache: a GroupedCache of that
+    many rows. decoder: a function that makes a session's decoder (`Decoding`) from its number. fused: as for `patch`,
+    if the model is not patched yet. graphs: replay CUDA graphs, one per length of a step's longest chunk (1, 2, 4, ...
+    64); longer chunks go without. Other options: see `Session`. Raises what `patch` raises.
     """
 
     def __init__(

@@ -136,11 +136,29 @@ def _project(module: Any, x: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, Te
         D, HK = module.head_dim, module.num_key_value_heads
         q, k, v = module.qkv_proj(x).split([module.config.num_attention_heads * D, HK * D, HK * D], dim=-1)
     else:
-        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+        q, k, v = (_linear(projection, x) for projection in (module.q_proj, module.k_proj, module.v_proj))
     q, k, v = q.view(heads), k.view(heads), v.view(heads)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _linear(projection: Any, x: Tensor) -> Tensor:
+    """What a projection makes of x [B, T, C]: the module itself, adapters and hooks included.
+
+    While torch.compile traces one token's step, a plain layer's bias is added apart from the product: inductor turns a
+    product with one row into a reduction that reads the weights at full bandwidth and takes neighbours along (under
+    `coordinate_descent_tuning`), but leaves one with a bias to cuBLAS, which is slow at small products of that kind."""
+    plain = torch.compiler.is_compiling() and type(projection) is nn.Linear and projection.bias is not None
+    if not plain or x.shape[0] * x.shape[1] != 1 or torch.is_grad_enabled() or _watched(projection):
+        out: Tensor = projection(x)
+        return out
+    return nn.functional.linear(x, projection.weight) + projection.bias
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody else's hook or forward sits on the module."""
+    return "forward" in module.__dict__ or bool(module._forward_pre_hooks) or bool(module._forward_hooks)
 
 
 def _half(angles: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalL
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3Model
 
+from ...core.cache import StreamCache
 from ...core.shapes import MAX_HEAD_DIM, refuse
 from ._release import check_release
 from .rotary import check_rope
@@ -91,7 +92,26 @@ def causal_lm_of(op: str, model: Any) -> Any:
     return inner
 
 
+def forward_of(op: str, model: Any, stream: StreamCache) -> Any:
+    """What a session over this cache calls for logits: `model` itself if it is what torch.compile returned, else its
+    CausalLM. Refuses a cache that grows beside a compiled model, which would be compiled anew for every size."""
+    lm = causal_lm_of(op, model)
+    if not is_compiled(model):
+        return lm
+    if not (stream.fixed or stream.bounded):
+        expected = "a fixed cache for a compiled model (GroupedCache.for_model(..., fixed=True))"
+        refuse(op, "cache", expected, "one that grows")
+    return model
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether `model` is what torch.compile returned for a module."""
+    return isinstance(getattr(model, "_orig_mod", None), nn.Module)
+
+
 def _inner(model: Any) -> Any:
+    if is_compiled(model):
+        model = model._orig_mod
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
 
 

@@ -237,7 +237,7 @@ class PruneHandle:
             given, guesses = self._waiting.pop(threading.get_ident(), (None, 0))
         elif isinstance(given, Tensor):
             given = VisionLayout(given)
-        real = real_rows(named.get("attention_mask"), T)
+        real = real_rows(named.get("attention_mask"), T) if T > 1 or given is not None else None
         for option in ("output_hidden_states", "output_attentions"):
             if named.get(option):
                 refuse(OP, option, "False: layers differ in their rows and keep no weights", True, NotImplementedError)
@@ -292,7 +292,10 @@ class PruneHandle:
         if given.real is None and real is not None:
             given = VisionLayout(given.vision, real.to(given.vision.device))
         if not self.config.reads_layout or not self.config.compaction:
-            return given, 0
+            if given.real is None or frozen() or not bool(given.real.all()):
+                return given, int(given.real is not None and not frozen())
+            # a mask of ones, as generate brings it, would make every layer look for empty rows
+            return VisionLayout(given.vision), 1
         if frozen():
             got = "a mask while a CUDA graph is captured, which cannot be read"
             refuse(OP, "vision_mask", "a layout from handle.layout(...)", got)
@@ -304,7 +307,7 @@ class PruneHandle:
             return True, "not asked"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         most = T if layout.counts is None else max((v for _, v in layout.counts), default=0)
-        said = verdict(self.config, self._shape, name, B, T, most)
+        said = verdict(self.config, self._shape, name, B, T, most, captured=frozen())
         if said.profitable is not False:
             return True, said.text
         if self.config.when_unprofitable == "off":

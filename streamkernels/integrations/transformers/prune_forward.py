@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ...core.shapes import refuse
 from ...core.spans import ATTEND, MASS, SINK, SKIP, Spans
@@ -18,7 +19,7 @@ from ...ops.span_attention import span_attention
 from ...pruning.config import VisionPruning
 from ...pruning.keys import Keys, behind
 from ...pruning.scores import Probe
-from ...pruning.stages import Rows, Stages, where
+from ...pruning.stages import Rows, Stages, taken, where
 from .prune_models import OP, check_cache, static_length
 
 RULES = {"attend": ATTEND, "skip": SKIP, "mass": MASS, "sink": SINK, "mass_first_half": MASS}
@@ -32,6 +33,8 @@ class Ledger:
 
     batch: int
     keys: list[Keys]
+    # how long the cache is, as layer 0 has it, if nobody cropped it since
+    length: int = -1
     # without compaction: the keys whatever was selected, the same in all layers, and which of them are vision tokens
     whole: Keys = field(default_factory=Keys)
     vision: Tensor | None = None
@@ -51,6 +54,8 @@ class Pass:
         self.cache: Any = None
         self.cache_reads = 0
         self.past = 0
+        # whether this is a generated token whose row and tables are the call's in every layer
+        self.passes_through = False
         self.keys: list[Keys] = []
         self.first: Rows | None = None  # the rows of layer 0: padding is behind
         self.rows: list[Rows | None] = []  # of each layer that has begun
@@ -95,6 +100,19 @@ class Pass:
             got = f"one of {length} keys that it did not see come in"
             refuse(OP, "past_key_values", "a cache that the pruned model has filled from its beginning", got)
         known = _of_batch(ledger, self.B)
+        if torch.compiler.is_compiling():
+            self._settle(cache, known, length)
+            return
+        plain = self.T == 1 and self.stages is None
+        if plain and length == ledger.length:
+            self.keys = known
+        else:
+            self._settle(cache, known, length)
+        ledger.length = length + self.T
+        self.passes_through = plain and all(keys.shift is None for keys in dict.fromkeys(self.keys))
+
+    def _settle(self, cache: Any, known: list[Keys], length: int) -> None:
+        """The keys of every layer of a cache that may have been cropped, and in which a prompt may follow."""
         made: dict[tuple[int, int], Keys] = {}
         for layer, keys in enumerate(known):
             own = keys.width + length - known[0].width
@@ -113,7 +131,7 @@ class Pass:
         else:
             move = self.stages.start() if layer == 0 else self.stages.take()
             if move is not None:
-                hidden = compact(hidden, *move)
+                hidden = taken(hidden, *move, self.stages.rows.full)
             rows = self.stages.rows
         if layer == 0:
             self.first = rows
@@ -149,23 +167,32 @@ class Pass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """The layer's attention, q [B, H, T, D] over the cache's k, v [B, HK, S, D]; scores and selects where due."""
         if self.T == 1 and self.stages is None:
+            if self._sees_all(layer):
+                return _plain(q, k, v, scale, causal=False)
             spans = self._decode_spans(layer, k)
             o: Any = span_attention(q, k, v, spans, scale=scale)
             return o
         rows = self.rows[layer]
-        spans, prepared = self.prompt_spans(layer, q, k)
         stages = self.selects
         probes = stages is not None and stages.probes(layer)
         if stages is None or rows is None or not probes or not stages.needs_scores(layer):
             if stages is not None and probes:
                 stages.decide(layer, None)
+            if self._is_causal(layer, q, k):
+                return _plain(q, k, v, scale, causal=True)
+            spans, prepared = self.prompt_spans(layer, q, k)
             o = span_attention(q, k, v, spans, scale=scale, prepared=prepared)
             return o
+        spans, prepared = self.prompt_spans(layer, q, k)
         o, lse = span_attention(q, k, v, spans, scale=scale, prepared=prepared, return_lse=True)
         guesses = 0 if self.stages is None else self.stages.guesses
-        samples, last = torch.arange(self.B, device=q.device), (rows.count - (1 + guesses)).long()
-        q_last, o_last = (x[samples, :, last][:, :, None] for x in (q, o))
-        lse_last = lse[samples, :, last][:, :, None]
+        if rows.full:
+            last_row = slice(rows.width - 1 - guesses, rows.width - guesses)
+            q_last, o_last, lse_last = q[:, :, last_row], o[:, :, last_row], lse[:, :, last_row]
+        else:
+            samples, last = torch.arange(self.B, device=q.device), (rows.count - (1 + guesses)).long()
+            q_last, o_last = (x[samples, :, last][:, :, None] for x in (q, o))
+            lse_last = lse[samples, :, last][:, :, None]
         listed = self.vision_keys(layer)
         stages.decide(layer, Probe(layer, q_last, k, v, o_last, lse_last, listed, stages.rows.vision_count, scale))
         return o
@@ -175,7 +202,18 @@ class Pass:
         rows = self.rows[layer]
         if rows is None:
             raise RuntimeError("streamkernels: a plain forward has no vision rows")
-        return torch.where(rows.vision >= 0, rows.vision + self.keys[layer].width, -1)
+        width = self.keys[layer].width
+        return torch.where(rows.vision >= 0, rows.vision + width, -1) if width else rows.vision
+
+    def _sees_all(self, layer: int) -> bool:
+        """Whether a generated token sees the layer's whole buffer."""
+        return self.keys[layer].plain and (self.cache is None or static_length(self.cache.layers[layer]) is None)
+
+    def _is_causal(self, layer: int, q: Tensor, k: Tensor) -> bool:
+        """Whether a prompt's rows see the rows before them and nothing else, so that PyTorch's own attention, which
+        knows that mask best, computes what the spans say. Empty rows are behind a sample's own, which never see them,
+        and what they compute is dropped."""
+        return not self.keys[layer].width and q.shape[2] == k.shape[2] and self._stage(layer) is None
 
     def _decode_spans(self, layer: int, k: Tensor) -> Spans:
         keys = self.keys[layer]
@@ -283,6 +321,11 @@ class Pass:
         return shift if keys.shift is None else keys.shift + shift
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> Tensor:
+    """PyTorch's attention, as the dense model calls it."""
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def ledger_of(cache: Any) -> Ledger:
     """The ledger of a cache that has one."""
     ledger: Ledger = cache.__dict__[_LEDGER]
@@ -325,6 +368,6 @@ def _of_batch(ledger: Ledger, B: int) -> list[Keys]:
 def _rows_of(table: Tensor, rows: Rows, B: int) -> Tensor:
     """cos or sin [1 or B, T, D], or [3, 1 or B, T, D] before transformers 5.17's M-RoPE, at the rows' tokens."""
     if table.dim() == 3:
-        return compact(table.expand(B, -1, -1), rows.origin, rows.count)
+        return taken(table.expand(B, -1, -1), rows.origin, rows.count, rows.full)
     axes = table.expand(-1, B, -1, -1).movedim(1, 0)
-    return compact(axes, rows.origin, rows.count, dim=2).movedim(0, 1)
+    return taken(axes, rows.origin, rows.count, rows.full, 2).movedim(0, 1)

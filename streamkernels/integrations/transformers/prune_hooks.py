@@ -33,7 +33,8 @@ def attention(
         refuse(OP, "model", "a forward of a model that is pruned by streamkernels.prune_vision", "none in progress")
     if dropout:
         refuse(OP, "dropout", "0", dropout, NotImplementedError)
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    if query.dtype != value.dtype:
+        query, key = query.to(value.dtype), key.to(value.dtype)
     o = streamkernels_pass.attend(module.layer_idx, query, key, value, scaling)
     return o.transpose(1, 2), None
 
@@ -59,6 +60,8 @@ class LayerHook:
             return None
         if self.index == 0:
             step.open(kwargs.get("past_key_values"))
+        if step.passes_through:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         tables, positions = kwargs["position_embeddings"], kwargs.get("position_ids")
         moved, changed = step.before(self.index, hidden, tables, positions)

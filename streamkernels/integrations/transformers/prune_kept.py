@@ -112,6 +112,10 @@ class KeptPass(Pass):
             self._prepared[same] = spans, prepare(spans, k.shape[2])
         return self._prepared[same]
 
+    def _is_causal(self, layer: int, q: Tensor, k: Tensor) -> bool:
+        left = self.lists[layer]
+        return (left is None or left is self.begun) and super()._is_causal(layer, q, k)
+
     def close(self, hidden: Tensor) -> Tensor:
         """After the last layer: the ledger learns what the cache got and what each layer's later rows see of it."""
         if self.stages is None or self.first is None:

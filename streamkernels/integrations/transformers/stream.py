@@ -19,7 +19,7 @@ from ...streaming.protocols import Decoder
 from .batch import PatchedBatch
 from .cache import GroupedCache
 from .codec import Tokens, codec_for, ends_of, tokens_of
-from .model import base_of, causal_lm_of
+from .model import base_of, causal_lm_of, forward_of, is_compiled
 from .patch import borrow
 
 
@@ -38,7 +38,8 @@ class PatchedModel:
     def __init__(
         self, model: nn.Module, cache: GroupedCache, *, offset: float = 0, active: Callable[[], bool] = lambda: True
     ) -> None:
-        self._lm, self._base = causal_lm_of("StreamSession", model), base_of("StreamSession", model)
+        self._lm, self._base = forward_of("StreamSession", model, cache.stream), base_of("StreamSession", model)
+        self._compiled = is_compiled(model)
         self.cache, self.offset = cache, check_number("StreamSession", "offset", offset)
         self._active = active
         self._lengths, self._staged = [0, 0], (0, 0)
@@ -50,6 +51,9 @@ class PatchedModel:
         if not self._active():
             raise RuntimeError("StreamSession: the session is closed, or the model's patch was undone")
         n, m = len(source), len(target)
+        if self._compiled and not self.cache.stream.bounded:
+            # a compiled step cannot refuse: what does not fit would not be written
+            self.cache.reserve(n, m)
         device = self._base.embed_tokens.weight.device
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor([[*source, *target]]).to(device, non_blocking=True),
@@ -113,16 +117,17 @@ class StreamSession(Session):
     """A `streamkernels.Session` over a Hugging Face model: `read(word)`, `end()`, `write()`, or `run(words)`.
 
     model: a CausalLM that `patch` accepts (or a PEFT wrapper of one), patched or not; one that is not is patched until
-    `close()`, the end of a `with` block, or until the session is garbage. tokenizer: a Hugging Face tokenizer; None
-    with a `codec` and prompt, header and source_end as ids. policy: any of `streamkernels.streaming.policies`.
-    prompt, header, source_end: tokens before the source, before the target (at least one token; its last predicts the
-    first word) and after the source: text, in which special tokens count as such (a chat template's pieces), or ids.
-    offset: position of the first target token, any number (the scheme of arXiv 2505.16983; 0 by default). codec: the
-    text border, by default `codec_for(tokenizer)` with the end tokens of the model's generation config and of the
-    tokenizer. cache: a GroupedCache of one row, say a bounded one; by default a growing one. decoder: say a `Decoding`,
-    for logits processors, stopping criteria, sampling and streamers. fused: as for `patch`, if the model is not patched
-    yet. graphs: replay CUDA graphs, as in `SessionBatch`; needs a fixed cache. sample, max_target_tokens,
-    max_word_tokens, clock: see `Session`.
+    `close()`, the end of a `with` block, or until the session is garbage. What torch.compile(model, fullgraph=True)
+    returned runs compiled wherever logits are wanted, with `graphs` inside the CUDA graphs; it needs a fixed cache.
+    tokenizer: a Hugging Face tokenizer; None with a `codec` and prompt, header and source_end as ids. policy: any of
+    `streamkernels.streaming.policies`. prompt, header, source_end: tokens before the source, before the target (at
+    least one token; its last predicts the first word) and after the source: text, in which special tokens count as such
+    (a chat template's pieces), or ids. offset: position of the first target token, any number (the scheme of arXiv
+    2505.16983; 0 by default). codec: the text border, by default `codec_for(tokenizer)` with the end tokens of the
+    model's generation config and of the tokenizer. cache: a GroupedCache of one row, say a bounded one; by default a
+    growing one. decoder: say a `Decoding`, for logits processors, stopping criteria, sampling and streamers. fused: as
+    for `patch`, if the model is not patched yet. graphs: replay CUDA graphs, as in `SessionBatch`; needs a fixed cache.
+    sample, max_target_tokens, max_word_tokens, clock: see `Session`.
 
     Every step runs in inference mode. Raises what `patch` raises, and ValueError for a cache of more than one row.
     """
