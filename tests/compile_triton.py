@@ -2,9 +2,9 @@
 
     python tests/compile_triton.py [compute capability ...]
 
-Prints registers, spills and shared memory per kernel; exits 1 if a kernel does not compile, uses more shared
-memory than the architecture has, or local memory beyond what its op's `local_allowed` grants (none by default). Run
-it without TRITON_INTERPRET.
+Prints registers, spills and shared memory per kernel, and on Hopper which kernels' warpgroup products wait for each
+other one by one; exits 1 if a kernel does not compile, uses more shared memory than the architecture has, or local
+memory beyond what its op's `local_allowed` grants (none by default). Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -55,6 +55,17 @@ def resources(cubin: bytes) -> dict[str, int]:
     return found
 
 
+def products_wait(ptx: str) -> bool:
+    """Whether ptxas serialises the warpgroup products of a Hopper kernel, which it only tells who asks."""
+    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas"))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [tool, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder, "cubin")]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "wgmma.mma_async instructions are serialized" in told
+
+
 # run-time numbers that are not multiples of 16: everything else a launch passes is (strides, pointers)
 UNALIGNED = {"T", "S", "H", "HK", "K", "TB", "SB", "heads", "chunks", "sinks", "source_capacity", "target_capacity"}
 UNALIGNED |= {"RC", "KC", "mass_n", "P", "Q", "limit", "width", "threshold", "x_p", "scores_b", "scores_k"}
@@ -95,7 +106,10 @@ def report(case: tuple[int, int, int]) -> tuple[str, bool]:
     local = use.get("LOCAL", 0) + use.get("STACK", 0)
     allowed = OPS[op].local_allowed(name) if hasattr(OPS[op], "local_allowed") else 0
     good = local <= allowed and built.metadata.shared <= ARCHITECTURES[capability] * 1024
-    return f"{line} {use['REG']:>9} {local:>6} {built.metadata.shared:>7}{'' if good else '  TOO MUCH'}", good
+    notes = "" if good else "  TOO MUCH"
+    if capability == 90 and products_wait(built.asm["ptx"]):
+        notes += "  products wait"
+    return f"{line} {use['REG']:>9} {local:>6} {built.metadata.shared:>7}{notes}", good
 
 
 def main() -> int:

@@ -192,6 +192,26 @@ def test_keys_that_nobody_sees_may_be_nan():
             assert torch.equal(a, b), (name, rules)
 
 
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_kept_list_is_read_side_by_side(partly):
+    """From 64 rows on, where all rows of a tile see the whole list; tiles of which some rows do not, and lists of no
+    keys. What is not listed may be NaN."""
+    case = Case(2, 4, 2, 130, 150, 16, "causal", torch.float16)
+    kept, count = random_kept(2, 2, 150, 91, torch.Generator().manual_seed(2))
+    count[0, 0] = 0
+    bounds = torch.tensor([0, 150], dtype=torch.int32).expand(2, 130, 1, 2).clone()
+    if partly:
+        bounds[0, 70:80, :, 1] = 75
+        bounds[1, 3:9, :, 0] = 60
+    clean = replace(make_inputs(case, DEVICE), spans=Spans(bounds, (KEPT,), None, kept, count).to(DEVICE))
+    plain = forward_and_backward(dense_attention, clean)
+    exact = forward_and_backward(dense_attention, clean.to(FP64))
+    seen = clean.spans.visible(150).any(2)[..., None]
+    dirty = replace(clean, k=clean.k.masked_fill(~seen, float("nan")), v=clean.v.masked_fill(~seen, float("nan")))
+    ours = forward_and_backward(both, dirty, backend="triton")
+    assert_all_accurate(clean, ours, plain, exact)
+
+
 def test_a_sink_that_a_row_does_not_use_may_be_nan():
     """One tile of rows, of which every other one has an empty SINK slot."""
     x = make_inputs(Case(1, 2, 1, 20, 60, 16, "causal", torch.float16), DEVICE)

@@ -40,14 +40,15 @@ class Launch:
     def __init__(self, kernel: Any, grid: tuple[int, ...], **constants: Any) -> None:
         self.kernel, self.constants = kernel, constants
         self.grid = (*grid, 1, 1)[:3]
-        self.compiled: Any = None
+        self.again: Any = None
 
     def __call__(self, *arguments: Any) -> None:
-        if self.compiled is not None:
-            self.compiled[self.grid](*arguments, *self.tail)
+        if self.again is not None:
+            self.again(*arguments, *self.tail)
             return
+        compiled = self.kernel[self.grid](*arguments, **self.constants)
         # None in Triton's interpreter, where every call is a first one
-        self.compiled = self.kernel[self.grid](*arguments, **self.constants)
+        self.again = compiled and compiled[self.grid]
         self.tail = [self.constants[name] for name in self.kernel.arg_names[len(arguments) :]]
 
 

@@ -14,6 +14,12 @@ def sees(begin, end, j):
 
 
 @triton.jit
+def padded_rows(T):
+    """T in whole blocks, so that a tile of what is stored per row is loaded without a mask."""
+    return tl.cdiv(T, PREPARED_BLOCK) * PREPARED_BLOCK
+
+
+@triton.jit
 def row_span(bounds, t, T, S, slot, N: tl.constexpr):
     """begin, end [BLOCK_T] of one slot, end clipped to S: bounds int32 [T, N, 2] of one sample; rows beyond T are
     empty."""

@@ -10,6 +10,7 @@ A long chunk is written by `rotate_append` before (CHUNK off): its keys are then
 import triton
 import triton.language as tl
 
+from ..device.products import add_weighted, scores
 from ..device.rope import load_rotated
 from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
 from .sight import (
@@ -221,10 +222,10 @@ def attend_kernel(
                 )
             used = tl.max((seen & asks[:, None]).to(tl.int32), 0)
             values = tl.where(used[:, None] > 0, values, 0.0)
-            s = cap(tl.dot(rows, keys.T, input_precision=PRECISION), inner, SOFTCAP)
+            s = cap(scores(rows, keys, PRECISION), inner, SOFTCAP)
             s = tl.where(seen, s, float("-inf"))
             m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
-            acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+            acc = add_weighted(acc * alpha[:, None], p, values, PRECISION)
 
     # this program's share of the segments' tiles; the chunk counts as tiles of the first split
     source_kept = tl.maximum(source_length if CHUNK else source_total, 0)
@@ -244,37 +245,39 @@ def attend_kernel(
     share = tl.cdiv(both_tiles + chunk_tiles, splits)
     from_tile = tl.maximum(split * share - chunk_tiles, 0)
     to_tile = tl.minimum((split + 1) * share - chunk_tiles, both_tiles)
-    for i in tl.range(from_tile, to_tile, num_stages=STAGES):
-        start, stop = locate_tile(i, first_end, begin, end, BLOCK_S, SINKS)
-        low, high, most, least = source_low, source_high, most_begin, least_end
-        second = False
-        sinks, capacity, from_k, from_v, k_s, v_s = source_sinks, source_capacity, source_k, source_v, sk_t, sv_t
-        if BOTH:
-            second = i >= source_tiles
-            start2, stop2 = locate_tile(i - source_tiles, first_end2, begin2, end2, BLOCK_S, SINKS)
-            start, stop = tl.where(second, start2, start), tl.where(second, stop2, stop)
-            low, high = tl.where(second, target_low, low), tl.where(second, target_high, high)
-            most, least = tl.where(second, most_begin2, most), tl.where(second, least_end2, least)
-            sinks, capacity = tl.where(second, target_sinks, sinks), tl.where(second, target_capacity, capacity)
-            from_k, from_v = tl.where(second, target_k, from_k), tl.where(second, target_v, from_v)
-            k_s, v_s = tl.where(second, tk_t, k_s), tl.where(second, tv_t, v_s)
-        j = start + tl.arange(0, BLOCK_S)
-        row = slots_of(j, second, capacity, ring_sinks, RINGS).to(tl.int64)[:, None]
-        there = j < stop
-        # [BLOCK_S, BLOCK_D]
-        keys = tl.load(from_k + row * (k_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-        s = cap(tl.dot(rows, keys.T, input_precision=PRECISION), inner, SOFTCAP)
-        whole = (start >= most) & (start + BLOCK_S <= tl.minimum(least, stop))
-        if HOLES:
-            # a value that no row sees may be NaN, and 0 * NaN is NaN
-            seen = there[None, :] & sees_key(low[:, None], high[:, None], j[None, :], sinks, SINKS)
-            there = tl.max((seen & asks[:, None]).to(tl.int32), 0) > 0
-            s = tl.where(seen, s, float("-inf"))
-        elif not whole:
-            s = tl.where(j[None, :] < tl.minimum(high, stop)[:, None], s, float("-inf"))
-        m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
-        values = tl.load(from_v + row * (v_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+    # not a bare loop: see attend_slots of span_attention
+    if to_tile > from_tile:
+        for i in tl.range(from_tile, to_tile, num_stages=STAGES):
+            start, stop = locate_tile(i, first_end, begin, end, BLOCK_S, SINKS)
+            low, high, most, least = source_low, source_high, most_begin, least_end
+            second = False
+            sinks, capacity, from_k, from_v, k_s, v_s = source_sinks, source_capacity, source_k, source_v, sk_t, sv_t
+            if BOTH:
+                second = i >= source_tiles
+                start2, stop2 = locate_tile(i - source_tiles, first_end2, begin2, end2, BLOCK_S, SINKS)
+                start, stop = tl.where(second, start2, start), tl.where(second, stop2, stop)
+                low, high = tl.where(second, target_low, low), tl.where(second, target_high, high)
+                most, least = tl.where(second, most_begin2, most), tl.where(second, least_end2, least)
+                sinks, capacity = tl.where(second, target_sinks, sinks), tl.where(second, target_capacity, capacity)
+                from_k, from_v = tl.where(second, target_k, from_k), tl.where(second, target_v, from_v)
+                k_s, v_s = tl.where(second, tk_t, k_s), tl.where(second, tv_t, v_s)
+            j = start + tl.arange(0, BLOCK_S)
+            row = slots_of(j, second, capacity, ring_sinks, RINGS).to(tl.int64)[:, None]
+            there = j < stop
+            # [BLOCK_S, BLOCK_D]
+            keys = tl.load(from_k + row * (k_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+            s = cap(scores(rows, keys, PRECISION), inner, SOFTCAP)
+            whole = (start >= most) & (start + BLOCK_S <= tl.minimum(least, stop))
+            if HOLES:
+                # a value that no row sees may be NaN, and 0 * NaN is NaN
+                seen = there[None, :] & sees_key(low[:, None], high[:, None], j[None, :], sinks, SINKS)
+                there = tl.max((seen & asks[:, None]).to(tl.int32), 0) > 0
+                s = tl.where(seen, s, float("-inf"))
+            elif not whole:
+                s = tl.where(j[None, :] < tl.minimum(high, stop)[:, None], s, float("-inf"))
+            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
+            values = tl.load(from_v + row * (v_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+            acc = add_weighted(acc * alpha[:, None], p, values, PRECISION)
 
     # padding has seen garbage
     norm = tl.where(asks, norm, 0.0)

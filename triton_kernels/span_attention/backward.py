@@ -1,12 +1,10 @@
 """span_attention backward: row statistics, then dq by tiles of rows, then dk and dv by tiles of keys.
 
-With p = exp(s - total), total the log of the whole denominator (the learned sink included), and do_j = do . (the
-value that key j's mass
-lands on):  dS = p (do_j - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = p^T do   (FlashAttention-2, arXiv
-2307.08691, section
-2.3.2), where delta = do . o - dlse / (1 - p_sink) carries the gradient through lse. dq and dk, dv are two kernels, so
-that every output
-has one writer and a fixed order of additions: deterministic without atomics.
+With p = exp(s - total), total the log of the whole denominator (the learned sink included), and do_j = do . (the value
+that key j's mass lands on):  dS = p (do_j - delta),  dq = scale dS k,  dk = scale dS^T q,  dv = p^T do
+(FlashAttention-2, arXiv 2307.08691, section 2.3.2), where delta = do . o - dlse / (1 - p_sink) carries the gradient
+through lse. dq and dk, dv are two kernels, so that every output has one writer and a fixed order of additions:
+deterministic without atomics.
 """
 
 import triton
@@ -17,6 +15,7 @@ from ..device.softmax import cap, from_natural, power
 from ..device.spans import (
     PREPARED_BLOCK,
     hull_tiles,
+    padded_rows,
     row_runs,
     row_span,
     sees,
@@ -26,7 +25,7 @@ from ..device.spans import (
     times_seen,
 )
 from .classes import dq_classes, landing_key, value_of
-from .forward import LISTS, load_tile, program_rows
+from .forward import LISTS, load_tile, program_rows, program_tile
 
 
 @triton.jit(do_not_specialize=["T", "H", "dlse_b", "dlse_h", "dlse_t"],
@@ -35,7 +34,7 @@ def row_statistics_kernel(
     o, do,  # [B, H, T, D]
     lse, dlse,  # fp32 [B, H, T]
     sink_logits,  # [H]
-    # fp32 [B, H, T]: log of the denominator in the unit of `power` (+inf where nothing is seen), and delta
+    # fp32 [B, H, padded rows]: log of the denominator in the unit of `power` (+inf: nothing is seen), and delta
     total, delta,
     sink_gradient,  # fp32 [B, H, T]: each row's share of d sink_logits
     T, H,
@@ -66,8 +65,9 @@ def row_statistics_kernel(
         along -= dlog * tl.exp(tl.minimum(whole - log, 80.0))
     else:
         along -= dlog
-    tl.store(total + at, tl.where(seen, from_natural(whole, PRECISION), float("inf")), mask=inside)
-    tl.store(delta + at, tl.where(seen, along, 0.0), mask=inside)
+    at = (b * H + h) * padded_rows(T) + t
+    tl.store(total + at, tl.where(seen, from_natural(whole, PRECISION), float("inf")), mask=t < padded_rows(T))
+    tl.store(delta + at, tl.where(seen, along, 0.0), mask=t < padded_rows(T))
 
 
 @triton.jit
@@ -89,29 +89,31 @@ def dq_slots(
         solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
         solids += solid2
         looses += loose2
-    for i in tl.range(0, solids):
-        start, fresh, whole, slot = solid_pair(
-            i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2,
-            SLOT, PAIR, BLOCK_S,
-        )  # fmt: skip
-        keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
-        s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
-        p = power(s * outer - total[:, None], PRECISION)
-        if not whole:
-            low, high = row_span(bounds, t, T, S, slot, N)
-            j = start + tl.arange(0, BLOCK_S)
-            low = tl.maximum(low, fresh)
-            p = tl.where(sees(low[:, None], high[:, None], j[None, :]), p, 0.0)
-        if RULE == 0:
-            values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
-            ds = p * (tl.dot(do, values.T, input_precision=PRECISION) - delta[:, None])
-        else:
-            # the sink's value may be NaN for rows that do not use it
-            ds = tl.where(p > 0, p * (sunk - delta)[:, None], 0.0)
-            mass += tl.sum(p, 1)
-        if SOFTCAP:
-            ds *= 1.0 - s * s
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    # not a bare loop: see attend_slots
+    if solids > 0:
+        for i in tl.range(0, solids):
+            start, fresh, whole, slot = solid_pair(
+                i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2, SLOT,
+                PAIR, BLOCK_S,
+            )  # fmt: skip
+            keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
+            s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
+            p = power(s * outer - total[:, None], PRECISION)
+            if not whole:
+                low, high = row_span(bounds, t, T, S, slot, N)
+                j = start + tl.arange(0, BLOCK_S)
+                low = tl.maximum(low, fresh)
+                p = tl.where(sees(low[:, None], high[:, None], j[None, :]), p, 0.0)
+            if RULE == 0:
+                values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
+                ds = p * (tl.dot(do, values.T, input_precision=PRECISION) - delta[:, None])
+            else:
+                # the sink's value may be NaN for rows that do not use it
+                ds = tl.where(p > 0, p * (sunk - delta)[:, None], 0.0)
+                mass += tl.sum(p, 1)
+            if SOFTCAP:
+                ds *= 1.0 - s * s
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
     # one stage: such tiles are few, and more buffers would keep larger tiles out
     for i in tl.range(0, looses, num_stages=1):
         start = begin + i * BLOCK_S
@@ -177,7 +179,7 @@ def dq_kernel(
     q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
     k_rows, v_rows,
     dq,  # [B, H, T, D]
-    total, delta,  # fp32 [B, H, T]
+    total, delta,  # fp32 [B, H, padded rows]
     mass,  # fp32 [N + 1, B, H, T]: what each SINK slot moved to its sink key, and last what classes moved to theirs
     bounds, row_blocks, sink_key, kept, kept_count, key_class, row_class, class_rules, class_sink,
     inner, outer, scale, T, S, H, HK, TB, K, RC, KC,
@@ -195,9 +197,10 @@ def dq_kernel(
     row_blocks += wide * TB * N * 4
     rows = load_tile(q, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
     grad = load_tile(do, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
-    at = (wide * H + h) * T + t
+    at = (wide * H + h) * padded_rows(T) + t
     log = tl.load(total + at, mask=t < T, other=float("inf"))
     less = tl.load(delta + at, mask=t < T, other=0.0)
+    at = (wide * H + h) * T + t
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     none = tl.zeros([BLOCK_T], tl.float32)
     if CLASSES:
@@ -246,8 +249,7 @@ def dq_kernel(
                 sunk = tl.sum(grad.to(tl.float32) * value[None, :], 1)
             acc, moved = dq_slots(
                 acc, none, rows, grad, k, v, bounds, row_blocks, log, less, sunk, t, b, hk, block, TB, inner, outer,
-                T, S,
-                slot, False, (RULES >> (2 * slot)) & 3, N, SOFTCAP, PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
+                T, S, slot, False, (RULES >> (2 * slot)) & 3, N, SOFTCAP, PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
             )  # fmt: skip
             if (RULES >> (2 * slot)) & 3 == 2:
                 tl.store(mass + slot * mass_n.to(tl.int64) + at, moved, mask=t < T)
@@ -263,7 +265,7 @@ def dkdv_kernel(
     q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
     v_rows,
     dk, dv,  # [B, HK, S, D], or fp32 partial sums with a leading part
-    total, delta,  # fp32 [B, H, T]
+    total, delta,  # fp32 [B, H, padded rows]
     bounds, row_blocks,
     key_blocks,  # int32 [B, SB, 4]
     sink_key,  # int32 [B, N]
@@ -275,12 +277,15 @@ def dkdv_kernel(
     CLASSES: tl.constexpr, CLASS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    hk = tl.program_id(1) % HK
-    part = tl.program_id(1) // HK
-    b = tl.program_id(2)
+    # earlier keys are seen by more rows under every causal-like mask: they start first, those of all heads
+    head, tile, _ = program_tile(S, BLOCK_S)
+    parts = tl.cdiv(H // HK, heads)
+    hk = head % HK
+    part = head // HK % parts
+    b = head // (HK * parts)
     PER: tl.constexpr = PREPARED_BLOCK // BLOCK_T
     wide = b.to(tl.int64)
-    start = tl.program_id(0) * BLOCK_S
+    start = tile * BLOCK_S
     j = start + tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
     bounds += wide * T * N * 2
@@ -288,7 +293,7 @@ def dkdv_kernel(
     # [BLOCK_S, BLOCK_D]
     keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
     values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
-    begin, length, begin2, length2 = row_runs(key_blocks + wide * SB * 4, tl.program_id(0), SB, BLOCK_S)
+    begin, length, begin2, length2 = row_runs(key_blocks + wide * SB * 4, tile, SB, BLOCK_S)
     # runs count blocks of 64 rows, the loop tiles of BLOCK_T
     begin, length, begin2, length2 = begin * PER, length * PER, begin2 * PER, length2 * PER
     both = length + length2
@@ -304,12 +309,12 @@ def dkdv_kernel(
     dk_acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     # what is too small for the pipeliner is loaded one step ahead: row statistics, and whether the tile needs a mask
-    h = first
+    h, n, ahead = first, 0, tl.arange(0, BLOCK_T)
     block = tl.where(length > 0, begin, begin2)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    at = (wide * H + h) * T + t
-    log = tl.load(total + at, mask=(t < T) & (steps > 0), other=float("inf"))
-    less = tl.load(delta + at, mask=(t < T) & (steps > 0), other=0.0)
+    t = block * BLOCK_T + ahead
+    at = tl.where(steps > 0, (wide * H + h) * padded_rows(T) + block * BLOCK_T, 0)
+    log = tl.load(total + at + ahead)
+    less = tl.load(delta + at + ahead)
     whole = tile_is_whole(row_blocks, block // PER, start, steps > 0, N, RULES, BLOCK_S)
     for i in tl.range(0, steps):
         rows = load_tile(q, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
@@ -357,16 +362,15 @@ def dkdv_kernel(
             # the slope of a key that no row sees may be NaN
             ds = tl.where(ds == 0.0, 0.0, ds * (1.0 - s * s))
         dk_acc = tl.dot(ds.to(rows.dtype), rows, dk_acc, input_precision=PRECISION)
-        following = i + 1
-        r = following // both
-        n = following - r * both
-        h = first + r
+        n += 1
+        h += (n == both).to(tl.int32)
+        n = tl.where(n == both, 0, n)
         block = tl.where(n < length, begin + n, begin2 + n - length)
-        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        at = (wide * H + h) * T + t
-        more = following < steps
-        log = tl.load(total + at, mask=(t < T) & more, other=float("inf"))
-        less = tl.load(delta + at, mask=(t < T) & more, other=0.0)
+        t = block * BLOCK_T + ahead
+        more = i + 1 < steps
+        at = tl.where(more, (wide * H + h) * padded_rows(T) + block * BLOCK_T, 0)
+        log = tl.load(total + at + ahead)
+        less = tl.load(delta + at + ahead)
         whole = tile_is_whole(row_blocks, block // PER, start, more, N, RULES, BLOCK_S)
     to = part * dk_p + wide * dk_b + hk * dk_h + j.to(tl.int64)[:, None] * dk_s + d[None, :]
     mask = (j < S)[:, None] & (d < D)[None, :]

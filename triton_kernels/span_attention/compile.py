@@ -7,7 +7,7 @@ from typing import Any
 
 from . import tiles
 from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
-from .forward import span_attention_kernel
+from .forward import gather_kept_kernel, span_attention_kernel
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 INT32 = ("bounds", "row_blocks", "key_blocks", "sink_key", "kept", "kept_count", "class_sink")
@@ -19,6 +19,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "mass": {"RULES": 0b0100},
     "sink": {"RULES": 0b1000},
     "kept": {"RULES": 0b1100, "HAS_KEPT": True},
+    "kept, gathered": {"RULES": 0b1100, "HAS_KEPT": True, "GATHERED": True},
     "softcap": {"SOFTCAP": True},
     "sink logits": {"SINK_LOGITS": True},
     "D=80": {"D": 80},
@@ -39,8 +40,13 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
         return
     arguments = {"dk_parts": "*fp32", "dv_parts": "*fp32", "dk": "*bf16", "dv": "*bf16", "BLOCK": "constexpr"}
     signature = {name: arguments.get(name, "i32") for name in join_parts_kernel.arg_names}
+    arguments = dict.fromkeys(("k", "v", "kept_k", "kept_v"), "*bf16") | {"kept": "*i32", "kept_count": "*i32"}
+    constants = {"D": 128, "BLOCK_K": 32, "BLOCK_D": 128}
+    arguments |= dict.fromkeys(constants, "constexpr")
+    gather = {name: arguments.get(name, "i32") for name in gather_kept_kernel.arg_names}
+    yield from _kernels("long walks", capability, 128, "bf16", {}, long=True)
+    yield "gather kept", gather_kept_kernel, gather, constants, {"num_warps": 4}
     yield "join parts", join_parts_kernel, signature, {"BLOCK": 1024}, {"num_warps": 4}
-    yield from _kernels("few rows", capability, 128, "bf16", {}, few=True)
     # fp32, fp16 and the features once: what they change is the same code everywhere
     for D in (64, 128, 256):
         yield from _kernels(f"D={D} fp32", capability, D, "fp32", {})
@@ -59,7 +65,7 @@ def local_allowed(name: str) -> int:
 
 
 def _kernels(
-    name: str, capability: int, D: int, dtype: str, feature: dict[str, Any], few: bool = False
+    name: str, capability: int, D: int, dtype: str, feature: dict[str, Any], long: bool = False
 ) -> Iterator[tuple[Any, ...]]:
     size = 4 if dtype == "fp32" else 2
     kernels = {
@@ -72,13 +78,15 @@ def _kernels(
         plain = not {"N", "RULES", "SOFTCAP", "CLASSES"} & set(feature) or feature == {"N": 1}
         choice = tiles.Tile(32, 32, 4, 2)
         if room in tiles.KERNELS:
-            choice = tiles.tile(room, capability, D, size, plain, few, "CLASSES" in feature)
+            choice = tiles.tile(room, capability, D, size, plain, "CLASSES" in feature, long)
         values = {
             "N": 2, "RULES": 0, "HAS_KEPT": False, "D": D, "SOFTCAP": False, "SINK_LOGITS": False,
-            "CLASSES": 0, "CLASS_SINK": False,
+            "CLASSES": 0, "CLASS_SINK": False, "kept_k": None, "kept_v": None,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "BLOCK_T": choice.block_t, "BLOCK_S": choice.block_s, "BLOCK_D": tiles.block_d(D), **feature,
         }  # fmt: skip
+        if "GATHERED" in feature:
+            del values["kept_k"], values["kept_v"]
         constexprs = {key: value for key, value in values.items() if key in kernel.arg_names}
         signature = {n: _type(n, room, dtype, constexprs, choice, D) for n in kernel.arg_names}
         yield (
@@ -86,14 +94,14 @@ def _kernels(
             kernel,
             signature,
             constexprs,
-            {"num_warps": choice.num_warps, "num_stages": choice.num_stages},
+            choice.options,
         )
 
 
 def _type(argument: str, room: str, dtype: str, constexprs: dict[str, Any], choice: tiles.Tile, D: int) -> str:
     if argument in constexprs:
         return "constexpr"
-    if room != "statistics" and argument in ("q", "do", "k", "v"):
+    if room != "statistics" and argument in ("q", "do", "k", "v", "kept_k", "kept_v"):
         rows = choice.block_t if argument in ("q", "do") else choice.block_s
         return f"tensordesc<{dtype}[1,1,{rows},{tiles.block_d(D)}]>"
     if argument in ("k_rows", "v_rows", "o", "do", "dq", "dk", "dv"):

@@ -27,12 +27,19 @@ def load_tile(tensor, b, h, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def program_rows(H, T, BLOCK_T: tl.constexpr):
-    """(b, h, tile of rows) of a program on the grid (heads that run together * row tiles, groups of such heads)."""
-    tiles = tl.cdiv(T, BLOCK_T)
+def program_tile(length, BLOCK: tl.constexpr):
+    """(head, tile, tiles) of a program on the grid (heads that run together * tiles, groups of such heads): the first
+    tile of all heads of a group starts first."""
+    tiles = tl.cdiv(length, BLOCK)
     together = tl.num_programs(0) // tiles
-    head = tl.program_id(1) * together + tl.program_id(0) % together
-    return head // H, head % H, tiles - 1 - tl.program_id(0) // together
+    return tl.program_id(1) * together + tl.program_id(0) % together, tl.program_id(0) // together, tiles
+
+
+@triton.jit
+def program_rows(H, T, BLOCK_T: tl.constexpr):
+    """(b, h, tile of rows) of a program."""
+    head, tile, tiles = program_tile(T, BLOCK_T)
+    return head // H, head % H, tiles - 1 - tile
 
 
 @triton.jit
@@ -53,23 +60,26 @@ def attend_slots(
         solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
         solids += solid2
         looses += loose2
-    for i in tl.range(0, solids):
-        start, fresh, whole, slot = solid_pair(
-            i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2,
-            SLOT, PAIR, BLOCK_S,
-        )  # fmt: skip
-        # k, v [BLOCK_S, BLOCK_D]
-        keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
-        s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
-        if not whole:
-            low, high = row_span(bounds, t, T, S, slot, N)
-            j = start + tl.arange(0, BLOCK_S)
-            low = tl.maximum(low, fresh)
-            s = tl.where(sees(low[:, None], high[:, None], j[None, :]), s, float("-inf"))
-        m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
-        if WEIGHTS:
-            values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
-            acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+    # not a bare loop: where it is not entered, registers of acc would be written after it and before the wait for the
+    # products of its last step, and ptxas then makes every warpgroup product of the loop wait for the one before
+    if solids > 0:
+        for i in tl.range(0, solids):
+            start, fresh, whole, slot = solid_pair(
+                i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2,
+                SLOT, PAIR, BLOCK_S,
+            )  # fmt: skip
+            # k, v [BLOCK_S, BLOCK_D]
+            keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
+            s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
+            if not whole:
+                low, high = row_span(bounds, t, T, S, slot, N)
+                j = start + tl.arange(0, BLOCK_S)
+                low = tl.maximum(low, fresh)
+                s = tl.where(sees(low[:, None], high[:, None], j[None, :]), s, float("-inf"))
+            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
+            if WEIGHTS:
+                values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
+                acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
     # one stage: such tiles are few, and more buffers would keep larger tiles out
     for i in tl.range(0, looses, num_stages=1):
         start = begin + i * BLOCK_S
@@ -97,12 +107,12 @@ def attend_slots(
 def attend_kept(
     m, norm, acc, q, k, v, kept, count, bounds, t, inner, outer, T, S, k_s, v_s,
     SLOT: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold the listed keys of a KEPT slot into (m, norm, acc), gathered by index: k, v point at one head's [S, D]."""
     begin, end = row_span(bounds, t, T, S, SLOT, N)
     d = tl.arange(0, BLOCK_D)
-    for start in tl.range(0, count, BLOCK_S):
+    for start in tl.range(0, count, BLOCK_S, num_stages=STAGES):
         i = start + tl.arange(0, BLOCK_S)
         j = tl.load(kept + i, mask=i < count, other=-1)
         j = tl.where(j < S, j, -1)
@@ -115,6 +125,48 @@ def attend_kept(
         s = tl.where((j[None, :] >= 0) & sees(begin[:, None], end[:, None], j[None, :]), s, float("-inf"))
         m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
         acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+    return m, norm, acc
+
+
+@triton.jit(do_not_specialize=["S", "K", "HK"], do_not_specialize_on_alignment=["kept", "kept_count"])
+def gather_kept_kernel(
+    k, v,  # [B, HK, S, D]
+    kept, kept_count,  # int32 [B, HK, K], [B, HK]
+    kept_k, kept_v,  # [B, HK, K, D]
+    S, K, HK, k_b, k_h, k_s, v_b, v_h, v_s,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The listed rows of k and v side by side, zeros behind them; grid (blocks of the list, B HK)."""
+    head = tl.program_id(1).to(tl.int64)
+    b, hk = head // HK, head % HK
+    i = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    j = tl.load(kept + head * K + i, mask=i < tl.minimum(tl.load(kept_count + head), K), other=-1)
+    row = j.to(tl.int64)[:, None]
+    mask = ((j >= 0) & (j < S))[:, None] & (d < D)
+    keys = tl.load(k + b * k_b + hk * k_h + row * k_s + d, mask=mask, other=0.0)
+    values = tl.load(v + b * v_b + hk * v_h + row * v_s + d, mask=mask, other=0.0)
+    to = (head * K + i)[:, None] * D + d
+    tl.store(kept_k + to, keys, mask=(i < K)[:, None] & (d < D))
+    tl.store(kept_v + to, values, mask=(i < K)[:, None] & (d < D))
+
+
+@triton.jit
+def attend_gathered(
+    m, norm, acc, q, kept_k, kept_v, count, b, hk, inner, outer,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Fold the first `count` keys of kept_k, kept_v into (m, norm, acc): every row of the tile sees all of them."""
+    # why not a bare loop: see attend_slots
+    if count > 0:
+        for start in tl.range(0, count, BLOCK_S):
+            keys = load_tile(kept_k, b, hk, start, BLOCK_S, BLOCK_D)
+            s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
+            if start + BLOCK_S > count:
+                s = tl.where((start + tl.arange(0, BLOCK_S) < count)[None, :], s, float("-inf"))
+            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
+            values = load_tile(kept_v, b, hk, start, BLOCK_S, BLOCK_D)
+            acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
     return m, norm, acc
 
 
@@ -134,6 +186,7 @@ def join_mass(m, norm, acc, m_mass, norm_mass, PRECISION: tl.constexpr):
 def span_attention_kernel(
     q, k, v,  # descriptors over [B, H, T, D], [B, HK, S, D] with tiles [1, 1, BLOCK, BLOCK_D]
     k_rows, v_rows,  # the same k, v as pointers, for rows that are gathered
+    kept_k, kept_v,  # descriptors over the listed rows [B, HK, K, D], or None
     o,  # [B, H, T, D]
     lse,  # fp32 [B, H, T]
     bounds,  # int32 [B, T, N, 2]
@@ -188,9 +241,21 @@ def span_attention_kernel(
         elif (RULES >> (2 * slot)) & 3 == 3:
             count = tl.minimum(tl.load(kept_count + b * HK + hk), K)
             at = (wide * HK + hk) * K
+            if kept_k is not None:
+                # most rows see the whole list, which ascends
+                low, length, most_begin, least_end = slot_hull(row_blocks, block, TB, slot, N, BLOCK_T)
+                first = tl.load(kept + at, mask=count > 0, other=-1)
+                last = tl.load(kept + at + count - 1, mask=count > 0, other=S)
+                whole = (first >= most_begin) & (last < least_end)
+                m, norm, acc = attend_gathered(
+                    m, norm, acc, rows, kept_k, kept_v, tl.where(whole, count, 0), b, hk, inner, outer,
+                    SOFTCAP, PRECISION, BLOCK_S, BLOCK_D,
+                )  # fmt: skip
+                count = tl.where(whole, 0, count)
             m, norm, acc = attend_kept(
                 m, norm, acc, rows, k_rows + wide * k_b + hk * k_h, v_rows + wide * v_b + hk * v_h, kept + at, count,
                 bounds, t, inner, outer, T, S, k_s, v_s, slot, N, D, SOFTCAP, PRECISION, BLOCK_S, BLOCK_D,
+                None if kept_k is None else 1,
             )  # fmt: skip
         else:
             m_mass, norm_mass, _ = attend_slots(

@@ -13,16 +13,20 @@ from torch import Tensor
 from ..device.launch import Box, Launch, remembered, signature
 from . import tiles
 from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
-from .forward import span_attention_kernel
+from .forward import gather_kept_kernel, span_attention_kernel
 
 LOG2E = 1.4426950408889634
 # key tiles x heads that keep a GPU busy; below, the query heads of a key head are split over programs and summed
 # afterwards
 ENOUGH_PROGRAMS = 1000
-# bytes of keys and values that programs which run at the same time read: half of an H200's L2. There, in a run beside
-# other work, a quarter made the backward of 32 heads with keys of their own 18 % slower at 8192 keys, and all heads
-# together cost 2 % of a forward at 32768
+# bytes that programs which run at the same time read: half of an H200's L2. There dk and dv of 28 heads on 4 key heads
+# took 5.5 ms at 16384 tokens and 21.6 at 32768, with a quarter 5.9 and 22.2. A quarter was better for long forwards
+# (11.67 ms instead of 11.78 at 32768) and for dk and dv of 32 heads with keys of their own (1539 us instead of 1566)
 TOGETHER = 32 << 20
+MANY_HEADS = 16
+# from so many rows on the listed keys of KEPT slots are copied side by side first: a tenth of 16384 keys of 32 heads
+# under 512 rows took an H200 52 us, gathered tile by tile 78
+GATHER_ROWS = 64
 # classes whose rules fit into 32 bits
 PACKED = 16
 
@@ -49,11 +53,11 @@ def span_attention(
     tensors = (q, k, v, bounds, row_blocks, *lists, sink_logits)
     key = (q.device, tuple(rules), softcap != 0.0, *signature(*tensors))
     spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
-    q, k, v = _rows(q), _rows(k), _rows(v)
     plan = remembered(FORWARD, key, lambda: _Forward(q, k, v, spans, sink_logits is not None, softcap))
+    q, k, v = plan.rows(q, k, v)
     with torch.cuda.device_of(q):
         plan.launch(
-            plan.q.over(q), plan.k.over(k), plan.v.over(v), k, v,
+            plan.q.over(q), plan.k.over(k), plan.v.over(v), k, v, *plan.gathered(k, v, spans, HK),
             o, lse, spans.bounds, spans.row_blocks, *spans.lists, lse if sink_logits is None else sink_logits,
             *_factors(scale, softcap, q.dtype), T, S, H, HK, row_blocks.shape[1], spans.K, *spans.table,
             *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
@@ -61,21 +65,55 @@ def span_attention(
     return o, lse
 
 
-class _Forward:
-    """What the forward of calls of one signature has in common."""
+class _Plan:
+    """What calls of one signature have in common: whether their rows are copied first."""
+
+    def __init__(self, *given: Tensor) -> None:
+        self.as_given = all(_rows(x) is x for x in given)
+
+    def rows(self, *given: Tensor) -> tuple[Tensor, ...]:
+        return given if self.as_given else tuple(_rows(x) for x in given)
+
+
+class _Forward(_Plan):
+    """A forward's launches."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, spans: _Spans, sink_logits: bool, softcap: float) -> None:
+        super().__init__(q, k, v)
+        q, k, v = self.rows(q, k, v)
         B, H, T, D = q.shape
         capability = _capability(q.device)
-        near = tiles.near_keys(k.shape[2], D, q.element_size()) and spans.plain(softcap)
-        choice = tiles.tile("forward", capability, D, q.element_size(), few=near, classes=spans.has_classes)
+        long = tiles.long_walks(B * H * T, k.shape[2])
+        choice = tiles.tile(
+            "forward", capability, D, q.element_size(), spans.plain(softcap), spans.has_classes, long
+        )  # fmt: skip
         columns = tiles.block_d(D)
         self.q = Box(q, choice.block_t, columns)
         self.k, self.v = Box(k, choice.block_s, columns), Box(v, choice.block_s, columns)
+        self.gather = None
+        if spans.has_kept and spans.K and not spans.has_classes and T >= GATHER_ROWS:
+            self.gather = Launch(
+                gather_kept_kernel, (triton.cdiv(spans.K, 32), B * k.shape[1]), D=D, BLOCK_K=32, BLOCK_D=columns,
+                num_warps=4,
+            )  # fmt: skip
+            self.list_shape = (B, k.shape[1], spans.K, D)
+            self.list = Box(k.new_empty(self.list_shape), choice.block_s, columns)
         self.launch = Launch(
-            span_attention_kernel, _row_grid(q, k, choice.block_t), SINK_LOGITS=sink_logits,
+            span_attention_kernel, _row_grid(q, k, choice.block_t, TOGETHER // 2 if long else TOGETHER),
+            SINK_LOGITS=sink_logits,
             **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
         )  # fmt: skip
+
+    def gathered(self, k: Tensor, v: Tensor, spans: _Spans, HK: int) -> tuple[Any, Any]:
+        """The rows of k and v that the kept list names, side by side: most rows of q see all of them."""
+        if self.gather is None:
+            return None, None
+        kept_k, kept_v = k.new_empty((2, *self.list_shape))
+        self.gather(
+            k, v, spans.kept, spans.kept_count, kept_k, kept_v, k.shape[2], spans.K, HK,
+            *k.stride()[:3], *v.stride()[:3],
+        )  # fmt: skip
+        return self.list.over(kept_k), self.list.over(kept_v)
 
 
 def span_attention_backward(
@@ -96,9 +134,10 @@ def span_attention_backward(
     tensors = (do, dlse, q, k, v, o, lse, bounds, row_blocks, key_blocks, *lists, sink_logits)
     key = (q.device, tuple(rules), softcap != 0.0, *signature(*tensors))
     spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
-    do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
     plan = remembered(BACKWARD, key, lambda: _Backward(q, k, v, do, spans, sink_logits is not None, softcap))
-    total, delta, share = torch.empty((3, *lse.shape), dtype=torch.float32, device=q.device)
+    q, k, v, do = plan.rows(q, k, v, do)
+    total, delta = torch.empty((2, B, H, 64 * triton.cdiv(T, 64)), dtype=torch.float32, device=q.device)
+    share = total if sink_logits is None else torch.empty_like(lse)
     mass = total.new_empty((len(rules) + 1, *lse.shape)) if spans.sinks else total
     dk, dv = (torch.empty(plan.shape, dtype=plan.dtype, device=q.device).transpose(2, 3) for _ in "kv")
     factors = (*_factors(scale, softcap, q.dtype), scale)
@@ -110,7 +149,7 @@ def span_attention_backward(
         plan.dq(
             *(box.over(x) for box, x in zip(plan.dq_boxes, (q, k, v, do), strict=True)), k, v, dq, total, delta, mass,
             spans.bounds, spans.row_blocks, *spans.lists, *factors, T, S, H, HK, row_blocks.shape[1], spans.K,
-            *spans.table, *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3], total.numel(),
+            *spans.table, *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3], lse.numel(),
         )  # fmt: skip
         plan.dkdv(
             *(box.over(x) for box, x in zip(plan.dkdv_boxes, (q, k, v, do), strict=True)),
@@ -131,25 +170,27 @@ def span_attention_backward(
     return dq, dk, dv, dsink
 
 
-class _Backward:
-    """What the backward of calls of one signature has in common: its launches, and how dk and dv are split."""
+class _Backward(_Plan):
+    """A backward's launches, and how dk and dv are split."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, spans: _Spans, sink_logits: bool, softcap: float
     ) -> None:
+        super().__init__(q, k, v, do)
+        q, k, v, do = self.rows(q, k, v, do)
         B, H, T, D = q.shape
         HK, S = k.shape[1:3]
         size, capability, columns = q.element_size(), _capability(q.device), tiles.block_d(D)
         self.statistics = Launch(
-            row_statistics_kernel, (B * H, triton.cdiv(T, 32)),
+            row_statistics_kernel, (B * H, 2 * triton.cdiv(T, 64)),
             D=D, SINK_LOGITS=sink_logits, PRECISION=_precision(q.dtype), BLOCK_T=32, BLOCK_D=columns, num_warps=4,
         )  # fmt: skip
         plain = spans.plain(softcap)
         classes = spans.has_classes
-        choice = tiles.tile("dq", capability, D, size, few=plain and tiles.few_rows(B * H * T), classes=classes)
+        choice = tiles.tile("dq", capability, D, size, classes=classes)
         self.dq_boxes = self._boxes(choice, columns, q, k, v, do)
         meta = _meta(choice, D, spans, softcap, q.dtype, spans.table[1])
-        self.dq = Launch(dq_kernel, _row_grid(q, k, choice.block_t), **meta)
+        self.dq = Launch(dq_kernel, _row_grid(q, k, choice.block_t, TOGETHER), **meta)
         choice = tiles.tile("dkdv", capability, D, size, plain, classes=classes)
         key_tiles = triton.cdiv(S, choice.block_s)
         parts = min(H // HK, max(1, triton.cdiv(ENOUGH_PROGRAMS, key_tiles * HK * B)))
@@ -159,7 +200,9 @@ class _Backward:
         self.dtype = k.dtype if parts == 1 else torch.float32
         self.dkdv_boxes = self._boxes(choice, columns, q, k, v, do)
         meta = _meta(choice, D, spans, softcap, q.dtype, spans.table[0])
-        self.dkdv = Launch(dkdv_kernel, (key_tiles, HK * parts, B), HAS_KEPT=spans.has_kept, **meta)
+        heads = B * HK * parts
+        together = _together(heads, 2 * T * D * size, TOGETHER // 2 if heads >= MANY_HEADS else TOGETHER)
+        self.dkdv = Launch(dkdv_kernel, (together * key_tiles, heads // together), HAS_KEPT=spans.has_kept, **meta)
         self.join = None
         if parts > 1:
             self.join = Launch(join_parts_kernel, (triton.cdiv(k.numel(), 1024), 2), BLOCK=1024, num_warps=4)
@@ -214,14 +257,19 @@ class _Spans:
         return out.scatter_(2, self.kept.long().masked_fill(~real, S), 1)[..., :S].contiguous()
 
 
-def _row_grid(q: Tensor, k: Tensor, block_t: int) -> tuple[int, int]:
+def _row_grid(q: Tensor, k: Tensor, block_t: int, room: int) -> tuple[int, int]:
     """(heads that run together * row tiles, groups of such heads): as many key heads as have their keys and values in
-    the L2 together, with all their query heads."""
+    `room` bytes together, with all their query heads."""
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
-    most = max(1, TOGETHER // (2 * S * D * k.element_size()))
-    together = max(n for n in range(1, min(most, B * HK) + 1) if B * HK % n == 0) * (H // HK)
+    together = _together(B * HK, 2 * S * D * k.element_size(), room) * (H // HK)
     return together * triton.cdiv(T, block_t), B * H // together
+
+
+def _together(heads: int, size: int, room: int) -> int:
+    """How many of `heads` run together that read `size` bytes each: a divisor."""
+    most = max(1, room // size)
+    return max(n for n in range(1, min(most, heads) + 1) if heads % n == 0)
 
 
 def _add_to_sink(dv: Tensor, mass: Tensor, do: Tensor, sink_key: Tensor) -> None:
@@ -240,15 +288,13 @@ def _factors(scale: float, softcap: float, dtype: torch.dtype) -> tuple[float, f
     return (scale / softcap, softcap * unit) if softcap else (1.0, scale * unit)
 
 
-def _meta(
-    choice: tiles.Tile, D: int, spans: _Spans, softcap: float, dtype: torch.dtype, others: int
-) -> dict[str, Any]:
+def _meta(choice: tiles.Tile, D: int, spans: _Spans, softcap: float, dtype: torch.dtype, others: int) -> dict[str, Any]:
     """The kernels' constants; `others`: classes that a row (or a key, for dk and dv) has rules towards."""
     return {
         "N": spans.N, "RULES": spans.code, "D": D, "SOFTCAP": softcap != 0.0, "PRECISION": _precision(dtype),
         "CLASSES": (1 if others <= PACKED else 2) if spans.has_classes else 0, "CLASS_SINK": spans.class_sink,
         "BLOCK_T": choice.block_t, "BLOCK_S": choice.block_s, "BLOCK_D": tiles.block_d(D),
-        "num_warps": choice.num_warps, "num_stages": choice.num_stages,
+        **choice.options,
     }  # fmt: skip
 
 

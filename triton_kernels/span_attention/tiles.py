@@ -9,12 +9,20 @@ SHARED = {"large": 227, "medium": 163, "small": 99}
 
 @dataclass(frozen=True)
 class Tile:
-    """BLOCK_T rows by BLOCK_S keys, warps, and stages of the software pipeline."""
+    """BLOCK_T rows by BLOCK_S keys, warps, stages of the software pipeline, and the registers that a thread may use (0:
+    what the compiler likes)."""
 
     block_t: int
     block_s: int
     num_warps: int
     num_stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles a tile with beside its sizes."""
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found | {"maxnreg": self.registers} if self.registers else found
 
 
 def gpu_kind(capability: int) -> str:
@@ -29,16 +37,9 @@ def block_d(D: int) -> int:
     return 64 if D <= 64 else 128 if D <= 128 else 256
 
 
-def few_rows(rows: int) -> bool:
-    """Whether B * H * T rows are so few that tiles of 128 leave a large GPU idle at the end: less than five such
-    tiles for each of 132 multiprocessors."""
-    return rows < 5 * 132 * 128
-
-
-def near_keys(S: int, D: int, element_size: int) -> bool:
-    """Whether the keys and values of one head are so small (4 MiB, 8192 keys of bf16 at D = 128) that row tiles of 64,
-    which read them twice as often as tiles of 128, still find them in the L2."""
-    return 2 * S * D * element_size <= 4 << 20
+def long_walks(rows: int, S: int) -> bool:
+    """Whether a forward of B * H * T rows over S keys is one of those that run for milliseconds."""
+    return rows >= 1 << 17 and S > 8192
 
 
 def tile(
@@ -47,30 +48,33 @@ def tile(
     D: int,
     element_size: int,
     plain: bool = True,
-    few: bool = False,
     classes: bool = False,
+    long: bool = False,
 ) -> Tile:
     """The tile of one kernel; every (kernel, kind, padded D, element size) has a row.
 
     `plain`: at most two slots, all ATTEND, no softcap. What the others add to dk and dv needs more warps' registers.
-    `few`: `near_keys` of a forward, `few_rows` of a backward. `classes`: under a class table.
+    `classes`: under a class table. `long`: `long_walks` of a forward.
     """
     key = (kernel, gpu_kind(capability), block_d(D), element_size)
     if classes:
         return WITH_CLASSES.get(key, TABLE[key])
     if not plain:
         return WITH_RULES.get(key, TABLE[key])
-    return FEW_ROWS.get(key, TABLE[key]) if few else TABLE[key]
+    return LONG_WALKS.get(key, TABLE[key]) if long else TABLE[key]
 
 
 TABLE = {
-    # measured on an H200: the fastest of those tried
-    ("forward", "large", 64, 2): Tile(128, 64, 4, 3),
-    ("forward", "large", 128, 2): Tile(128, 128, 8, 2),
+    # measured on an H200: the fastest of those tried. At D = 128 two programs on a multiprocessor, one in its softmax
+    # while the other multiplies: under a wait-k mask of 28 heads the forward took 710 us instead of 794 at 8192 tokens
+    # with 8 warps on 128 x 128, dq 926 us instead of 1021; at D = 64 the forward 292 us, with 128 rows 306
+    ("forward", "large", 64, 2): Tile(64, 64, 4, 3),
+    ("forward", "large", 128, 2): Tile(64, 64, 4, 3),
     ("forward", "large", 256, 2): Tile(128, 64, 8, 2),
     ("dq", "large", 64, 2): Tile(128, 64, 4, 3),
-    ("dq", "large", 128, 2): Tile(128, 64, 8, 3),
-    ("dq", "large", 256, 2): Tile(64, 64, 4, 1),
+    ("dq", "large", 128, 2): Tile(64, 64, 4, 2),
+    # 687 us, where 64 x 64 with 4 warps spilled more and took 972
+    ("dq", "large", 256, 2): Tile(128, 32, 8, 2),
     ("dkdv", "large", 64, 2): Tile(64, 64, 4, 3),
     ("dkdv", "large", 128, 2): Tile(64, 64, 4, 2),
     ("dkdv", "large", 256, 2): Tile(64, 64, 8, 1),
@@ -102,12 +106,10 @@ WITH_RULES = {
     ("dkdv", "large", 128, 2): Tile(64, 64, 8, 2),
 }
 
-# two programs on a multiprocessor, one in its softmax while the other multiplies; on an H200, 28 heads under a wait-k
-# mask: forward 65 us instead of 75 at 2048 rows, 713 instead of 803 at 8192, but 12.1 ms instead of 11.8 at 32768
-FEW_ROWS = {
-    ("forward", "large", 128, 2): Tile(64, 64, 4, 3),
-    ("dq", "large", 128, 2): Tile(64, 64, 4, 2),
-}
+# what runs for long runs at the limit of the GPU's power, where a tile that reads shared memory and the L2 less often
+# keeps a higher clock (1.85 GHz, not 1.71): on an H200 after 0.3 s of wait-k masks 2946 us instead of 3080 at 16384
+# tokens, 11.5 ms instead of 12.0 at 32768; at 8192 783 us instead of 806, but 744 instead of 718 before the clock falls
+LONG_WALKS = {("forward", "large", 128, 2): Tile(128, 64, 8, 2, 128)}
 
 # not measured: sized to compile without spills beside the masks of every tile
 WITH_CLASSES = {

@@ -98,7 +98,6 @@ def token_scores_kernel(
     cosine += b * K
     norm += b * K
     mass += b * K
-    whole = squared_length(o, o_h, HK * R, D, 8, BLOCK_D)
     entries = tl.minimum(tl.load(count + b * count_b), K)
     again = tl.zeros([BLOCK_K], tl.int32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(K, BLOCK_K), tl.num_programs(0)):
@@ -123,6 +122,8 @@ def token_scores_kernel(
                 weight += a * a
                 total += a
             n += weight * tl.sum(values * values, 2)
+        # behind the keys, whose loads are far away: o is near by now
+        whole = squared_length(o, o_h, HK * R, D, 8, BLOCK_D)
         n = tl.sum(n, 0)
         along = tl.sum(along, 0)
         total = tl.sum(total, 0)
@@ -139,6 +140,7 @@ def token_scores_kernel(
     if tl.max(again, 0) > 0:
         # what other threads of this program have marked
         tl.debug_barrier()
+        whole = squared_length(o, o_h, HK * R, D, 8, BLOCK_D)
         for tile in tl.range(tl.program_id(0), tl.cdiv(K, BLOCK_K), tl.num_programs(0)):
             i = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             marked = tl.load(cosine + i, mask=i < K, other=1.0) == AGAIN

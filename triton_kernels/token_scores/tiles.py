@@ -2,7 +2,7 @@
 
 One table serves all architectures: the kernel only reads. With many keys a warp owns its keys and walks the heads, and
 nothing crosses warps: on an H200 1.02 of the time to read K and V at 46080 keys of 32 heads. With few keys that walk
-would be all there is (26 us at 576): there the warps of a program share the heads of two keys (8 us).
+would be all there is (26 us at 576): there the warps of a program share the heads of two keys (7 us).
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,8 @@ def few_rows(rows: int) -> bool:
 
 def tile(HK: int, R: int, D: int, element_size: int, few: bool) -> Tile:
     """The tile for HK key heads of head dim D, each with R query heads."""
-    heads, keys, num_warps = TABLE[block_d(D), element_size, few]
+    key = (block_d(D), element_size, few)
+    heads, keys, num_warps = ONE_QUERY_HEAD.get(key, TABLE[key]) if R == 1 else TABLE[key]
     if R > 1:
         # what the query heads of a key head need takes the registers of half the rows
         heads = max(1, heads // 2)
@@ -67,3 +68,7 @@ TABLE = {
     (128, 4, True): (16, 2, 8),
     (256, 4, True): (8, 2, 8),
 }
+
+# where every query head has keys of its own: on an H200, 7.2 us instead of 8.8 for 576 keys of 32 heads, and 21.5
+# instead of 25.2 for 2880
+ONE_QUERY_HEAD = {(128, 2, True): (16, 2, 8)}
