@@ -18,6 +18,8 @@ BESIDE_5.4.0 := tokenizers==0.22.2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# a process per core, each of which takes half a gigabyte and more
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --benchmark-disable
 # the checkout itself, without CUDA kernels: without isolation, since that needs nothing but the setuptools already there
 HERE := STREAMKERNELS_BUILD_CUDA=0 $(PIP) --no-build-isolation "torch==$(TORCH)" "transformers==$(TRANSFORMERS)"
 OVERLAYS := $(TRANSFORMERS_OTHERS:%=$(VENV)/transformers-%/installed)
@@ -49,12 +51,12 @@ test: $(VENV)/test $(OVERLAYS)
 	  env "$$@" || { failed="$$failed $$?"; printf '== FAILED: %s\n' "$$*"; }; \
 	}; \
 	run "reference, ops, sessions, Hugging Face $(TRANSFORMERS), packaging" \
-	  $(BIN)/python -m pytest tests --ignore=tests/triton; \
+	  $(PYTEST) tests --ignore=tests/triton; \
 	run "Triton kernels in Triton's interpreter" \
-	  TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton; \
+	  TRITON_INTERPRET=1 $(PYTEST) tests/triton; \
 	for version in $(TRANSFORMERS_OTHERS); do \
 	  run "Hugging Face $$version" \
-	    PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$$version $(BIN)/python -m pytest tests/integrations; \
+	    PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$$version $(PYTEST) tests/integrations; \
 	done; \
 	if [ -n "$$failed" ]; then printf '\nmake test: FAILED\n'; exit 1; fi; \
 	printf '\nmake test: all passed\n'
