@@ -106,7 +106,8 @@ def test_text_without_images_is_as_before(name, side):
     options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
     texts = model.generate(**prompt.inputs, **options)
     with prune_vision(model, FAST) as handle:
-        assert (logits(model, prompt) - stock)[real].abs().max() < 1e-5
+        # of the largest logit, as everywhere
+        assert (logits(model, prompt) - stock)[real].abs().max() < 1e-5 * stock[real].abs().max()
         if side == "left":
             assert torch.equal(model.generate(**prompt.inputs, **options), texts)
         with pytest.raises(ValueError, match="report: expected a forward with vision tokens"):

@@ -292,6 +292,52 @@ def test_refuses(change, error, message):
         span_attention(**arguments)
 
 
+@pytest.mark.parametrize("change, error, message", REFUSED, ids=[m[2][:40] + str(i) for i, m in enumerate(REFUSED)])
+def test_what_differs_from_a_call_that_went_through_is_checked(change, error, message):
+    D = change.get("D", 8)
+    good = {"q": torch.zeros(2, 4, 5, 8), "k": torch.zeros(2, 2, 7, 8), "v": torch.zeros(2, 2, 7, 8)}
+    good["spans"] = Spans(BOUNDS)
+    span_attention(**good)
+    other = {name: torch.zeros(*x.shape[:3], D) for name, x in good.items() if name != "spans"} if D != 8 else {}
+    change = {name: x for name, x in change.items() if name != "D"}
+    # rules and lists are a Spans' own
+    if set(change) & {"rules", "kept", "sink_key"} and "spans" not in change:
+        message = ".*: expected None beside a Spans"
+    with pytest.raises(error, match="span_attention: " + message):
+        span_attention(**good | other | change)
+
+
+def test_calls_that_look_alike_are_checked_once(monkeypatch):
+    from streamkernels.ops.span_attention import api
+
+    x = make_inputs(Case(2, 4, 2, 9, 11, 8, "kept"))
+    call = {"q": x.q, "k": x.k, "v": x.v, "spans": x.spans, "return_lse": True}
+    o, lse = span_attention(**call)
+    monkeypatch.setattr(api, "Shapes", None)
+    again = span_attention(**call)
+    assert torch.equal(again[0], o) and torch.equal(again[1], lse)
+    for changed in (
+        {"scale": 1.0}, {"softcap": 2.0}, {"backend": "reference"}, {"q": x.q.clone().requires_grad_()},
+        {"q": x.q[:, :, :, :].mT.contiguous().mT}, {"prepared": prepare(x.spans, 11)}, {"prepared": ()},
+        {"spans": replace(x.spans, rules=(ATTEND,) * len(x.spans.rules), kept=None, kept_count=None)},
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="not callable"):
+            span_attention(**call | changed)
+    with pytest.raises(TypeError, match="not callable"):
+        sk.explain(span_attention, **call)
+
+
+def test_a_known_call_still_has_its_gradient():
+    x = make_inputs(Case(1, 2, 2, 9, 9, 8, "causal"))
+    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
+    grads = [torch.autograd.grad(span_attention(q, k, v, x.spans).sum(), (q, k, v)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with torch.no_grad():
+        assert not span_attention(q, k, v, x.spans).requires_grad
+        assert not span_attention(q, k, v, x.spans).requires_grad
+    assert span_attention(q, k, v, x.spans).requires_grad
+
+
 def test_a_spans_object_and_its_content_are_the_same_call():
     x = make_inputs(Case(2, 4, 2, 9, 11, 8, "kept"))
     content = {"rules": x.spans.rules, "kept": x.spans.kept, "kept_count": x.spans.kept_count}

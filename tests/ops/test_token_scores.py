@@ -273,8 +273,23 @@ GOOD = {
     ],
 )
 def test_bad_input_is_refused_by_name(error: type[Exception], name: str, change: dict) -> None:
-    with pytest.raises(error, match=rf"^token_scores: {name}"):
-        token_scores(**{**GOOD, **change})
+    # also beside a call that went through, whose look is known
+    for _ in range(2):
+        with pytest.raises(error, match=rf"^token_scores: {name}"):
+            token_scores(**{**GOOD, **change})
+        token_scores(**GOOD)
+
+
+def test_calls_that_look_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamkernels.ops.token_scores import api
+
+    first = token_scores(**GOOD)
+    monkeypatch.setattr(api, "Shapes", None)
+    assert all(torch.equal(a, b) for a, b in zip(token_scores(**GOOD), first, strict=True))
+    with_gradient = {"q": GOOD["q"].clone().requires_grad_()}
+    for changed in ({"scale": 1.0}, {"softcap": 2.0}, {"backend": "reference"}, with_gradient):
+        with pytest.raises(TypeError, match="not callable"):
+            token_scores(**{**GOOD, **changed})
 
 
 def test_explain() -> None:

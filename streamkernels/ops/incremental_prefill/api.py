@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.select import Call, choose, explaining
-from ...core.cache import Staged, StreamCache
+from ...backends.select import Call, choose
+from ...core.cache import SOURCE, Staged, StreamCache
 from ...core.chunk import check_chunk
 from ...core.shapes import check_int, check_number, refuse
+from ..known import Known, look_of, wants_gradient
 from .autograd import IncrementalPrefill, Options, attend
 from .schema import OP
 
@@ -127,17 +128,11 @@ def incremental_prefill(
         o, lse = IncrementalPrefill.apply(q, k, v, sink_logits, cos, sin, cache, layer, staged, options)
     else:
         o, lse = attend(q, k, v, cos, sin, sink_logits, staged, options)
-        if key is not None:
-            if len(_known) >= _MOST_KNOWN:
-                _known.clear()
-            _known[key] = options
+        _known.keep(key, options)
     return (o, lse) if return_lse else o
 
 
-# Calls that went through, by all that the checks and the choice of a backend look at: a step's calls are all alike, and
-# the checks of one take longer than its kernel.
-_known: dict[Any, Options] = {}
-_MOST_KNOWN = 4096
+_known = Known()
 
 
 def _look_of(
@@ -148,32 +143,17 @@ def _look_of(
     sin: Tensor | None,
     cache: StreamCache,
     layer: int,
-    role: Tensor | int,
     *options: Any,
 ) -> Any:
-    """What tells a call without limits, begins and sinks from another one; None for a call that must be checked."""
-    if torch.compiler.is_compiling() or explaining() or type(cache) is not StreamCache or cache.bounded:
+    """The look of a call without limits, begins, sinks and gradients over a cache that grows; else None."""
+    if type(cache) is not StreamCache or cache.bounded or type(layer) is not int or not 0 <= layer < cache.layers:
         return None
-    tensors = (q, k, v) if cos is None or sin is None else (q, k, v, cos, sin)
-    if len(tensors) < 5 and cos is not sin:
+    look = look_of((q, k, v, cos, sin), (layer, *options))
+    if look is None or wants_gradient(q, k, v, cos, sin):
         return None
-    grad = torch.is_grad_enabled()
-    look: list[Any] = [layer, role, *options]
-    if type(layer) is not int or type(role) is not int or not 0 <= layer < cache.layers:
-        return None
-    for x in tensors:
-        if type(x) is not Tensor or (grad and x.requires_grad):
-            return None
-        look += (x.shape, x.stride(), x.dtype, x.device)
-    held = cache.segment(layer, 0)[0]
+    held = cache.segment(layer, SOURCE)[0]
     # a growing segment keeps these
-    look += (held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
-    # True is 1, and 1.0 is too
-    types = tuple(type(x) for x in options)
-    return (*look, types) if _PLAIN.issuperset(types) else None
-
-
-_PLAIN = frozenset((type(None), float, int, bool, str))
+    return (look, held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
 
 
 def _sinks(sinks: int | tuple[int, int], cache: StreamCache) -> tuple[int, int]:
@@ -188,7 +168,7 @@ def _sinks(sinks: int | tuple[int, int], cache: StreamCache) -> tuple[int, int]:
 
 def _check_backward(cache: StreamCache, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> bool:
     """Whether the call needs a gradient; refuses where there is none."""
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (q, k, v, sink_logits)):
+    if not wants_gradient(q, k, v, sink_logits):
         return False
     hint = "a call without gradients (torch.no_grad())"
     if cache.bounded:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...core.cache import SOURCE, TARGET, Staged, StreamCache
+from ..known import undispatched
 from .schema import OP, run
 
 
@@ -39,13 +40,10 @@ def attend(
     staged: Staged,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """The registered op on a staged layer -> o [B, H, T, D], lse [B, H, T].
-
-    Where nothing listens to the dispatcher its implementation is called itself: the dispatch of thirty arguments takes
-    longer than the kernel.
-    """
+    """The registered op on a staged layer -> o [B, H, T, D], lse [B, H, T]; its implementation itself where
+    nothing listens to the dispatcher."""
     source_window, target_window = staged.windows[0] or 0, staged.windows[1] or 0
-    op = run if _undispatched(q, k, v) else torch.ops.streamkernels.incremental_prefill
+    op = run if undispatched(q, k, v) else torch.ops.streamkernels.incremental_prefill
     o, lse = op(
         q, k, v, cos, sin,
         staged.source_k, staged.source_v, staged.target_k, staged.target_v,
@@ -55,16 +53,6 @@ def attend(
         options.scale, options.softcap, sink_logits, options.interleaved, options.backend,
     )  # fmt: skip
     return o, lse
-
-
-def _undispatched(*tensors: Tensor) -> bool:
-    """Whether no tracer, mode, subclass or function transform could see a call of the registered op."""
-    if torch.compiler.is_compiling():
-        return False
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
-    if modes or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(type(x) is Tensor for x in tensors)
 
 
 class IncrementalPrefill(torch.autograd.Function):

@@ -32,7 +32,8 @@ LIBRARY.define(
 )
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """What `torch.ops.streamkernels.span_attention` does, without the dispatcher."""
     *given, backend = options
     if backend != "reference":
         room = {"triton": triton, "cuda": cuda}[backend]
@@ -78,6 +79,6 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.new_empty((B, T, H, D)).transpose(1, 2)
 
 
-for name, implementation, fake in ((OP, _forward, _fake_forward), (f"{OP}_backward", _backward, _fake_backward)):
+for name, implementation, fake in ((OP, run, _fake_forward), (f"{OP}_backward", _backward, _fake_backward)):
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"streamkernels::{name}", fake, lib=LIBRARY)

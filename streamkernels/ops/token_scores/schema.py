@@ -18,7 +18,7 @@ LIBRARY.define(
 )
 
 
-def _token_scores(
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -30,6 +30,7 @@ def _token_scores(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What `torch.ops.streamkernels.token_scores` does, without the dispatcher."""
     if backend != "reference":
         room = {"triton": triton, "cuda": cuda}[backend]
         scores: tuple[Tensor, Tensor, Tensor] = room.token_scores(  # type: ignore[attr-defined]
@@ -55,5 +56,5 @@ def _fake(
     return cosine, norm, mass
 
 
-LIBRARY.impl(OP, _token_scores, "CompositeExplicitAutograd")
+LIBRARY.impl(OP, run, "CompositeExplicitAutograd")
 torch.library.register_fake(f"streamkernels::{OP}", _fake, lib=LIBRARY)
