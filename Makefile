@@ -28,13 +28,14 @@ CUDA_SOURCES = $(shell find csrc tests/packaging/cuda_on_host -name '*.cpp' -o -
 
 say = @printf '\n== %s\n' "$(1)"
 
-.PHONY: help demo test lint compile-check gpu-install gpu-test gpu-bench clean
+.PHONY: help demo test lint compile-check compile-check-cuda compile-check-triton gpu-install gpu-test gpu-bench clean
 
 help:
 	@echo "make demo           stream live captions through a small model on the CPU"
 	@echo "make test           the CPU suite: reference, Triton's interpreter, transformers $(TRANSFORMERS) $(TRANSFORMERS_OTHERS)"
 	@echo "make lint           ruff, mypy, clang-format"
-	@echo "make compile-check  every CUDA and Triton kernel for sm_80, 90a, 100, 120: registers and spills"
+	@echo "make compile-check  every CUDA and Triton kernel for sm_80, 90a, 100, 120: registers and spills (BUILT=_C.*.so:"
+	@echo "                    the CUDA kernels of that extension, built before)"
 	@echo "make gpu-test       the suite on this machine's GPU, with its own torch and without network"
 	@echo "make gpu-bench      the benchmarks, likewise"
 	@echo "make clean          remove $(VENV) and build/"
@@ -69,9 +70,13 @@ lint: $(VENV)/test $(VENV)/lint
 	$(call say,clang-format)
 	@$(BIN)/clang-format --dry-run -Werror $(CUDA_SOURCES)
 
-compile-check: $(VENV)/test $(OLD_TRITON)
+compile-check: compile-check-cuda compile-check-triton
+
+compile-check-cuda: $(VENV)/test
 	$(call say,CUDA kernels)
-	@$(BIN)/python tests/compile_cuda.py
+	@$(BIN)/python tests/compile_cuda.py $(if $(BUILT),--built "$(BUILT)")
+
+compile-check-triton: $(VENV)/test $(OLD_TRITON)
 	$(call say,Triton kernels with triton $(TRITON))
 	@$(BIN)/python tests/compile_triton.py
 	$(call say,Triton kernels with triton $(TRITON_OLD))
