@@ -22,7 +22,7 @@ __device__ __forceinline__ void load_queries(const Params& p, const Plan& plan, 
   };
   const uint32_t keep = plan.sign == 0.f ? 0u : ~0u, flip = plan.sign < 0.f ? 0x80008000u : 0u;
   if (plan.wide_q) {
-    constexpr int kPairs = S::D / 16, kInFlight = S::D > 128 || S::kRows * kPairs <= S::kThreads ? 1 : 2;
+    constexpr int kPairs = S::D / 16, kInFlight = S::kWgmma && S::D <= 128 ? 2 : 1;
 #pragma unroll 1
     for (int base = threadIdx.x; base < valid * kPairs; base += kInFlight * S::kThreads) {
       Pairs<Element> pairs[kInFlight];

@@ -35,8 +35,8 @@ struct Shape {
   // Where there are registers left. Never beside products of a warpgroup: ptxas 13.0 then gave weights the registers of
   // queries that the next tile still needed (64 columns; seen in SASS, and as wrong results).
   static constexpr bool kQueryInRegisters = D <= 128 && WARPS_M == 1;
-  // With D = 96 a thread does not stay in its column; D = 256 leaves no registers for a second copy of the products.
-  static constexpr bool kPlainLoop = D % 64 == 0 && (D <= 128 || kWgmma || WARPS_M == 1);
+  // a second copy of the products, for plain tiles: worth its size beside warpgroup products
+  static constexpr bool kPlainLoop = kWgmma;
   static_assert(kWarpKeys % 16 == 0 && D % 32 == 0, "whole 16 x 16 blocks");
 };
 

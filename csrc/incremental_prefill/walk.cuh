@@ -119,28 +119,22 @@ struct Loader {
       const int first = cursor.key + begin + row;
       k = static_cast<const Element*>(s.k.data) + b * s.k.batch + hk * s.k.head + first * s.k.row + chunk * 8;
       v = static_cast<const Element*>(s.v.data) + b * s.v.batch + hk * s.v.head + first * s.v.row + chunk * 8;
-    } else if (dense) {
-      k += S::kKeys * S::D, v += S::kKeys * S::D;
     } else {
       const Segment& s = p.segments[cursor.runs[cursor.run].segment];
       k += S::kKeys * s.k.row, v += S::kKeys * s.v.row;
     }
     const int first = cursor.key + begin;
     const bool whole = kEven && first >= whole_low && first + S::kWarpKeys <= whole_high;
-    if (whole && dense) {
-      copy_rows(stage, k, S::D);
-      copy_rows(stage + S::kMatrix, v, S::D);
-      return;
-    }
     const Segment& segment = p.segments[cursor.runs[cursor.run].segment];
 #pragma unroll 1
     for (int matrix = 0; matrix < 2; ++matrix) {
       const Rows& rows = matrix ? segment.v : segment.k;
+      const uint32_t tile = stage + matrix * S::kMatrix;
       if (whole) {
-        copy_rows(stage + matrix * S::kMatrix, matrix ? v : k, rows.row);
+        copy_rows(tile, matrix ? v : k, rows.row);
       } else {
         slowly(p, session, hull, static_cast<const Element*>(rows.data) + b * rows.batch + hk * rows.head, rows.row,
-               stage + matrix * S::kMatrix, first, threadIdx.x % S::kGroup);
+               tile, first, threadIdx.x % S::kGroup);
       }
     }
   }
