@@ -128,8 +128,8 @@ found:
   return workers;
 }
 
-// Keys that every (32 KB) and partial results that one block reads in a microsecond, and what beginning and ending an
-// item takes it, as measured on an H200.
+// Bytes of keys, or of partial results, that one block reads in a microsecond; what beginning and ending an item takes
+// it, and handing a part over to other clusters. Measured on an H200.
 constexpr float kBytesPerMicrosecond = 32 << 10, kItemMicroseconds = 6.f, kHandOverMicroseconds = 3.f;
 // Longer caches are cut as this one is: the clusters that suit them would be slow while they are short.
 constexpr int kPlannedKeys = 32 << 10;

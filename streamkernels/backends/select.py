@@ -2,8 +2,7 @@
 
 An op describes its call (`Call`), every kernel backend answers `reason(call)`: None if it can run the call, else one
 sentence why not. `auto` takes the first of cuda, triton, reference that can, but Triton's kernel where the CUDA one
-hands over to it, where it was measured to be slower; a named backend that cannot raises with its
-sentence.
+hands over to it, where it was measured to be slower; a named backend that cannot raises with its sentence.
 """
 
 from __future__ import annotations

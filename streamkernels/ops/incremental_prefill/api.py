@@ -145,14 +145,14 @@ def _look_of(
     layer: int,
     *options: Any,
 ) -> Any:
-    """The look of a call without limits, begins, sinks and gradients over a cache that grows; else None."""
+    """The look of a call without limits, begins, sinks and gradients over a cache that keeps every key; else None."""
     if type(cache) is not StreamCache or cache.bounded or type(layer) is not int or not 0 <= layer < cache.layers:
         return None
     look = look_of((q, k, v, cos, sin), (layer, *options))
     if look is None or wants_gradient(q, k, v, cos, sin):
         return None
     held = cache.segment(layer, SOURCE)[0]
-    # a growing segment keeps these
+    # growing a segment leaves these as they are, and rearranging a cache may change them
     return (look, held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
 
 
