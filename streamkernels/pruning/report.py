@@ -82,7 +82,8 @@ class Report:
     keys that its cache got. rows, vision_rows: those of each sample that mean something. seen: keys of each sample's
     cache, before this prompt, that the layer saw. filter_layer, exit_layer: after which layer a sample's tokens were
     first dropped, and after which all were gone (-1: never). probe_reads: reads of 8 bytes, one for each probed
-    layer; layout_reads: reads before the first layer; verdict: what the cost table said.
+    layer; layout_reads: reads before the first layer; verdict: what the cost table said; decode: how the last token was
+    generated, and why not in one op a layer, if so.
     """
 
     model: ModelShape
@@ -102,6 +103,7 @@ class Report:
     layout_reads: int
     element_size: int
     verdict: str
+    decode: str = "no token yet"
     times: Times = field(default_factory=Times)
 
     @property
@@ -154,6 +156,7 @@ class Report:
             f"  KV cache bytes: {_share(self.kv_bytes(), self.kv_bytes(dense=True))}",
             f"  host reads: {self.probe_reads} of 8 bytes while the layers ran, {self.layout_reads} before",
             f"  profitable: {self.verdict}",
+            f"  generated tokens: {self.decode}",
         ]
         for what in ("prefill", "decode"):
             ours, dense = getattr(self.times, what), getattr(self.times, f"dense_{what}")

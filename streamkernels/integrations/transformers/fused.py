@@ -1,10 +1,11 @@
 """The fused attention forward: unrotated q, k, v with cos, sin and the cache go to `incremental_prefill`, one op that
-rotates, writes and attends.
+rotates, writes and attends. With it, an RMS norm is one operation where transformers makes eight.
 
-It takes the place of an attention module's `forward` on the instance, in its `__dict__`, so that classes and every
-other model stay as they are and undoing is a deletion. What it replaces is known by its text: the forward, the two
-rotation functions it calls, and the rotary module that makes cos and sin, as they are in the tested releases. Anything
-else, a new release's rewrite as well as another library's replacement, is refused with the reason.
+A forward of ours takes the place of a module's `forward` on the instance, in its `__dict__`, so that classes and every
+other model stay as they are and undoing is a deletion. What it replaces is known by its text: the attention's forward,
+the two rotation functions it calls, the rotary module that makes cos and sin, and the norm's, as they are in the tested
+releases. Anything else, a new release's rewrite as well as another library's replacement, is refused with the reason; a
+norm that is not known keeps its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -24,18 +25,31 @@ from .attention import ROUTE, Route
 
 # hashes of sources as they are in transformers 5.4, 5.17 and 5.23; `text_hash` makes them
 FORWARDS = {
-    "LlamaAttention": "c0fd8e0b732ba611",
-    "Qwen2Attention": "4015c9477db5adb7",
-    "Qwen3Attention": "95140604894f7733",
-    "MistralAttention": "8c961e165cda523c",
-    "Gemma2Attention": "3c2d60bed5330c24",
-    "Phi3Attention": "975f1916d08ccda6",
+    "LlamaAttention": ("c0fd8e0b732ba611",),
+    "Qwen2Attention": ("4015c9477db5adb7",),
+    "Qwen3Attention": ("95140604894f7733",),
+    "MistralAttention": ("8c961e165cda523c",),
+    "Gemma2Attention": ("3c2d60bed5330c24",),
+    "Phi3Attention": ("975f1916d08ccda6",),
+    # 5.4; 5.17 and 5.23
+    "Qwen2VLAttention": ("e6b440e830d5efe6", "6713b81e9a9d2b18"),
+    "Qwen2_5_VLAttention": ("e6b440e830d5efe6", "6713b81e9a9d2b18"),
 }
-# whole heads (5.4; 5.17 and 5.23), and the first dims of each
-ROTATIONS = ("e2975ea7060de677", "ea234325c15de475", "0d2d41fdeedae17a")
+ROTATES = ("apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb")
+# whole heads (5.4; 5.17 and 5.23, as Qwen2-VL has it), the first dims of each, and M-RoPE that the attention puts
+# together itself (5.4)
+ROTATIONS = ("e2975ea7060de677", "ea234325c15de475", "14ef8b572d9c0bd1", "0d2d41fdeedae17a", "d938838e202f69cb")
 HALVES = ("f714a4b1160c694e",)
 # 5.4 and in part 5.17; 5.17; 5.23
 ANGLES = ("87d2b6f6ab3412f1", "36aa3216b1236e38", "2b71104c384d7ed6")
+# M-RoPE of Qwen2-VL and Qwen2.5-VL in 5.4, 5.17 and 5.23, and what puts its axes together since 5.17
+MROPE_ANGLES = (
+    *("eb52ba11f38d9b3e", "71f21c741b424ebf", "7de72a27391ed6df"),
+    *("161e2c22c3076317", "6a5804779477d1fe", "1206e7b396a38557"),
+)
+MROPE_JOINS = ("57a27d7421710f03",)
+# x / rms(x) in fp32, rounded, times the weight
+NORMS = ("d676bfe9af0e524d",)
 
 
 def text_hash(function: Callable[..., Any]) -> str:
@@ -50,17 +64,21 @@ def why_not(base: Any) -> str | None:
     if "forward" in rotary.__dict__:
         return "the forward of the rotary module was replaced on the instance"
     known: dict[tuple[str, Any], tuple[str, ...]] = {}
-    known[f"{type(rotary).__name__}.forward", type(rotary).forward] = ANGLES
+    known[f"{type(rotary).__name__}.forward", type(rotary).forward] = ANGLES + MROPE_ANGLES
+    join = getattr(type(rotary), "recomposition_frequencies", None)
+    if join is not None:
+        known["recomposition_frequencies", join] = MROPE_JOINS
     for index, layer in enumerate(base.layers):
         attention = layer.self_attn
         if "forward" in attention.__dict__:
             return f"the forward of layer {index}'s attention was replaced on the instance (by accelerate, say)"
         name = next(c.__name__ for c in type(attention).__mro__ if "forward" in c.__dict__)
         forward = inspect.unwrap(type(attention).forward)
-        rotate = forward.__globals__.get("apply_rotary_pos_emb")
+        called = next((n for n in ROTATES if n in forward.__code__.co_names), "apply_rotary_pos_emb")
+        rotate = forward.__globals__.get(called)
         half = getattr(inspect.unwrap(rotate), "__globals__", {}).get("rotate_half") if callable(rotate) else None
-        known[f"{name}.forward", forward] = (FORWARDS.get(name, ""),)
-        known["apply_rotary_pos_emb", rotate] = ROTATIONS
+        known[f"{name}.forward", forward] = FORWARDS.get(name, ())
+        known[called, rotate] = ROTATIONS
         known["rotate_half", half] = HALVES
     for (name, function), hashes in known.items():
         try:
@@ -72,22 +90,48 @@ def why_not(base: Any) -> str | None:
     return None
 
 
-def bind(base: Any) -> list[nn.Module]:
-    """Give every attention module of `base` the fused forward; returns the modules, for `unbind`."""
-    modules = [layer.self_attn for layer in base.layers]
-    for module in modules:
-        module.__dict__["forward"] = MethodType(_forward, module)
-    return modules
+def bind(modules: Iterable[Any], forward: Callable[..., Any]) -> list[nn.Module]:
+    """Give these modules this forward; returns them, for `unbind`."""
+    given = list(modules)
+    for module in given:
+        module.__dict__["forward"] = MethodType(forward, module)
+    return given
 
 
-def unbind(modules: list[nn.Module]) -> None:
-    """Take the fused forward back, where it still is the one we gave."""
+def unbind(modules: Iterable[nn.Module], *forwards: Callable[..., Any]) -> None:
+    """Take forwards back, where one of them still is what we gave."""
     for module in modules:
-        if getattr(module.__dict__.get("forward"), "__func__", None) is _forward:
+        if getattr(module.__dict__.get("forward"), "__func__", None) in forwards:
             del module.__dict__["forward"]
 
 
-def _forward(
+def norms_of(base: Any) -> list[nn.Module]:
+    """The norms of a language model that `norm` can stand for: those of its layers and attentions, and the last one."""
+    parts = [base, *(part for layer in base.layers for part in (layer, layer.self_attn))]
+    found = [m for part in parts for m in part.children() if hasattr(m, "variance_epsilon") and hasattr(m, "weight")]
+    known = {kind: _is_known(kind) for kind in {type(m) for m in found}}
+    return [m for m in found if known[type(m)] and "forward" not in m.__dict__]
+
+
+def _is_known(kind: type) -> bool:
+    try:
+        return text_hash(kind.forward) in NORMS  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return False
+
+
+def norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """An RMS norm as one operation, with one rounding less; as the class has it for autograd and torch.compile, which
+    has its own way, for weights of another dtype and for fp64, which transformers rounds to fp32 here."""
+    weight, dtype = self.weight, hidden_states.dtype
+    differs = dtype != weight.dtype or dtype == torch.float64
+    if differs or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        out: Tensor = type(self).forward(self, hidden_states)
+        return out
+    return torch.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+
+def attention(
     self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -110,7 +154,7 @@ def _forward(
     q, k, v = _project(self, hidden_states, (*shape, -1, self.head_dim))
     # norms with fp32 weights under autocast give q and k in fp32, but v in the autocast dtype
     q, k = q.to(v.dtype), k.to(v.dtype)
-    cos, sin = (_half(x, v.dtype) for x in position_embeddings)
+    cos, sin = (half(x, v.dtype) for x in position_embeddings)
     source_begin, target_begin = route.begins_on(route.windows[self.layer_idx], q.device)
     o: Any = incremental_prefill(
         q,
@@ -161,7 +205,7 @@ def _watched(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or bool(module._forward_pre_hooks) or bool(module._forward_hooks)
 
 
-def _half(angles: Tensor, dtype: torch.dtype) -> Tensor:
+def half(angles: Tensor, dtype: torch.dtype) -> Tensor:
     """[B or 1, T, rotary_dim / 2]: transformers repeats each angle's cosine and sine in the second half."""
-    half = angles[..., : angles.shape[-1] // 2]
-    return half if half.dtype in (torch.float32, dtype) else half.to(dtype)
+    first = angles[..., : angles.shape[-1] // 2]
+    return first if first.dtype in (torch.float32, dtype) else first.to(dtype)

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from ...core.shapes import refuse
 from .attention import NAME
-from .fused import bind, unbind, why_not
+from .fused import attention, bind, norm, norms_of, unbind, why_not
 from .model import base_of, check_supported
 from .request import admit
 from .windows import MEANINGS
@@ -51,7 +51,7 @@ def patch(
 
     fused: in a streaming step hand unrotated q, k, v with cos, sin and the cache to one op that rotates, writes and
     attends, by a forward of our own on each attention module (its projections and norms are called as modules, so
-    adapters work). True refuses a model whose forward or rotation is not the one of the tested releases; "auto" then
+    adapters work), and let each RMS norm be one operation outside of autograd and torch.compile. True refuses a model whose forward or rotation is not the one of the tested releases; "auto" then
     goes without, and `handle.why_not_fused` says why.
 
     require_spans: refuse a forward in training that has neither spans nor a GroupedCache, as when the Hugging Face
@@ -144,7 +144,9 @@ class Handle:
                     ours._attn_implementation = NAME
                 self._modules.append((module, original, copies[id(original)]))
                 module.__dict__["config"] = copies[id(original)]
-            self._fused = bind(base) if why_not_fused is None else []
+            if why_not_fused is None:
+                self._fused = bind((layer.self_attn for layer in base.layers), attention)
+                self._fused += bind(norms_of(base), norm)
             self._hook = base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             base.__dict__[_HANDLE] = self
         except BaseException:
@@ -177,7 +179,7 @@ class Handle:
     def _restore(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        unbind(self._fused)
+        unbind(self._fused, attention, norm)
         for module, original, ours in self._modules:
             if module.__dict__.get("config") is ours:
                 module.__dict__["config"] = original

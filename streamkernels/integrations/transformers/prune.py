@@ -1,9 +1,10 @@
 """`prune_vision(model, config)`: vision tokens of a Hugging Face model dropped while the prompt runs, and the way back.
 
-A pruned model differs from a stock one in three reversible ways: its modules hold a copy of their config that names our
-attention for the language model, forward hooks sit on the head, the base, the language model and its layers, and an
-attribute remembers the handle. Weights, classes, forwards, `generate` and every other model, also one built from the
-same config object, stay as they are.
+A pruned model differs from a stock one in four reversible ways: its modules hold a copy of their config that names our
+attention for the language model, forward hooks sit on the head, the base, the language model and its layers, an
+attribute remembers the handle, and, unless that is declined, the attention modules and norms of the language model have
+forwards of their own, for generated tokens. Weights, classes, the model's forward, `generate` and every other model,
+also one built from the same config object, stay as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from ...pruning.costs import verdict
 from ...pruning.layout import VisionLayout
 from ...pruning.report import Report
 from ...pruning.stages import Stages
+from .fused import bind, norm, norms_of, unbind, why_not
+from .prune_decode import Fuse, attention
 from .prune_forward import Pass
 from .prune_hooks import NAME, PASS, LayerHook, after_text, before_head, empty, frozen, real_rows
 from .prune_kept import KeptPass
@@ -33,9 +36,10 @@ from .prune_models import OP, Parts, of_generate, parts_of, reads_vision, shape_
 from .prune_report import report_of
 
 _HANDLE = "_streamkernels_pruning"
+DECODES = ("auto", "fused", "hf")
 
 
-def prune_vision(model: nn.Module, config: VisionPruning | None = None) -> PruneHandle:
+def prune_vision(model: nn.Module, config: VisionPruning | None = None, *, decode: str = "auto") -> PruneHandle:
     """Let `model` drop vision tokens while it reads a prompt, until the handle is undone.
 
     model: LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, Qwen2VLForConditionalGeneration,
@@ -49,6 +53,15 @@ def prune_vision(model: nn.Module, config: VisionPruning | None = None) -> Prune
     layers never hold them. Logits have the shape they had; those of dropped tokens are those of a zero hidden state.
     Batches, padding on any side, beams, DynamicCache and StaticCache, prompt lookup and further prompts on the same
     cache work as without.
+
+    decode: how generated tokens are computed. "hf": as transformers does, through hooks alone. "fused": each layer
+    rotates, appends and attends in one op of ours over what its cache kept, and an RMS norm is one operation, also in
+    prompts; that is about 15 launches of a layer's 40, which is what a token in eager mode costs. The cache remains a
+    DynamicCache, with room for 128 more tokens (then for as many as were generated) behind its keys. Tokens that this
+    cannot compute (static caches, autograd, autocast, graphs, prompts without compaction or with hidden keys, several
+    prompts of samples of different lengths) are computed as under "hf", and the report says why. It refuses a model
+    whose attention is not the one of the tested releases. "auto": "fused" where a kernel runs it and the model is
+    known, else "hf".
 
     Returns a PruneHandle: a context manager with `undo()`, `report()` and `layout()`. Raises NotImplementedError for a
     model or release that is not supported, ValueError for one that is pruned already or in training mode or for a
@@ -70,14 +83,27 @@ def prune_vision(model: nn.Module, config: VisionPruning | None = None) -> Prune
     if config.positions == "renumbered" and parts.mrope:
         got = "'renumbered' for a model with M-RoPE, whose positions are not consecutive"
         refuse(OP, "config", "positions 'kept'", got, NotImplementedError)
-    return PruneHandle(model, parts, config)
+    if decode not in DECODES:
+        refuse(OP, "decode", " or ".join(map(repr, DECODES)), repr(decode))
+    reason = "prune_vision was asked to (decode='hf')" if decode == "hf" else why_not(parts.text)
+    if decode == "fused" and reason is not None:
+        refuse(OP, "decode", "an attention that is known to the last letter", reason, NotImplementedError)
+    return PruneHandle(model, parts, config, reason, decode == "fused")
 
 
 class PruneHandle:
     """A pruned model's way back, and its report. As a context manager it undoes itself, also after an exception."""
 
-    def __init__(self, model: nn.Module, parts: Parts, config: VisionPruning) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Parts, config: VisionPruning, why_not_fused: str | None, always: bool
+    ) -> None:
+        """why_not_fused: why generated tokens go the way of transformers; None if they need not. always: not even
+        where no kernel runs them."""
         self.config = config
+        self.why_not_fused = why_not_fused
+        self._fuse = Fuse(parts.text, always) if why_not_fused is None else None
+        self._fused: list[nn.Module] = []
+        self._token: Pass | None = None
         self._parts: Parts | None = parts
         self._shape = shape_of(parts.text)
         self._hooks: list[RemovableHandle] = []
@@ -91,6 +117,9 @@ class PruneHandle:
         try:
             self._name_attention(model)
             self._add_hooks()
+            if self._fuse is not None:
+                self._fused = bind((layer.self_attn for layer in parts.text.layers), attention)
+                self._fused += bind(norms_of(parts.text), norm)
             parts.text.__dict__[_HANDLE] = self
         except BaseException:
             self._restore()
@@ -117,7 +146,8 @@ class PruneHandle:
         ValueError if there was none yet."""
         if self._last is None or self._last[0].selects is None:
             refuse(OP, "report", "a forward with vision tokens before it", "none yet")
-        return report_of(self._shape, self.config, *self._last)
+        decode = self._token.decoded if self._token is not None else "no token yet"
+        return report_of(self._shape, self.config, *self._last, decode)
 
     def layout(self, vision_mask: Tensor, attention_mask: Tensor | None = None) -> VisionLayout:
         """The layout of a prompt, read from the device once, to be passed as `vision_mask=` to the language model (or
@@ -174,6 +204,7 @@ class PruneHandle:
     def _restore(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        unbind(self._fused, attention, norm)
         for module, original, ours in self._configs:
             if module.__dict__.get("config") is ours:
                 module.__dict__["config"] = original
@@ -183,7 +214,7 @@ class PruneHandle:
         if self._parts is not None:
             self._parts.text.__dict__.pop(_HANDLE, None)
         self._parts, self._hooks, self._configs, self._copies, self._waiting = None, [], [], [], {}
-        self._names = {}
+        self._names, self._fused, self._fuse = {}, [], None
 
     def _before_base(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = {**dict(zip(self._names[module], args, strict=False)), **kwargs}
@@ -251,7 +282,10 @@ class PruneHandle:
             # a 4-D mask goes through transformers as it is: no search for packed sequences, which reads the device
             named["attention_mask"] = torch.empty((0, 0, 0, 0), device=like.device)
         if given is not None or isinstance(step, KeptPass):
-            self._last = (step, reads, text, module.dtype.itemsize)
+            self._last, self._token = (step, reads, text, module.dtype.itemsize), None
+        elif T == 1:
+            step.fuse, self._token = self._fuse, step
+            step.decoded = f"as in transformers: {self.why_not_fused}" if self._fuse is None else ""
         return (), {**named, PASS: step}
 
     def _pass(

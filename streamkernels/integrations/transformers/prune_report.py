@@ -14,7 +14,13 @@ from .prune_forward import Pass
 
 
 def report_of(
-    shape: ModelShape, config: VisionPruning, step: Pass, layout_reads: int, verdict: str, element_size: int
+    shape: ModelShape,
+    config: VisionPruning,
+    step: Pass,
+    layout_reads: int,
+    verdict: str,
+    element_size: int,
+    decode: str,
 ) -> Report:
     """What `step` did. Copies counts from the device, once."""
     stages, first = step.selects, step.first
@@ -45,6 +51,7 @@ def report_of(
         layout_reads=layout_reads + step.cache_reads,
         element_size=element_size,
         verdict=verdict,
+        decode=decode,
     )
 
 

@@ -1,0 +1,189 @@
+"""Generated tokens of a pruned model: each layer is one op over what its cache kept, instead of a rotation, two
+concatenations and an attention.
+
+The keys stay in the DynamicCache, whose tensors become views of buffers with room behind them: `incremental_prefill`
+writes a token's key there and attends, and the view gets longer by one. Whatever happens to the cache between two tokens
+(beams reordered, guesses cropped, another prompt) leaves other tensors in it, which are moved to new buffers then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from ...backends.select import Call, choose
+from ...core.segments import allocate
+from ...core.staging import TARGET, Staged
+from ...ops.incremental_prefill.autograd import Options, attend
+from ...pruning.keys import Keys
+from .fused import half
+from .prune_hooks import PASS, frozen
+
+OP = "incremental_prefill"
+# tokens that fit behind the keys before they are moved again; then as many as were generated
+ROOM = 128
+
+
+class Decode:
+    """The buffers of one cache, for tokens that every sample of it generates.
+
+    A layer's keys are [prompt ; generated]: prompt keys are the op's source segment, of which a sample has
+    lengths[layer, b, 0], what is behind them its target segment; both lie in one buffer [B, HK, room, D].
+    """
+
+    def __init__(self, text: Any, cache: Any, known: list[Keys], backend: str, room: int = ROOM) -> None:
+        """known: the keys of each layer, as `Fuse` has approved them."""
+        first = cache.layers[0].keys
+        self.device, self.dtype, self.backend = first.device, first.dtype, backend
+        self.left = self.room = room
+        self.begun = False
+        sections = getattr(text.rotary_emb, "mrope_section", None) or text.config.rope_parameters.get("mrope_section")
+        self._sections: list[int] = list(sections or ())
+        self._given: Any = None
+        self._cos = self._sin = first
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._lengths = _lengths(cache, known)
+        status = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._staged, self._buffers, self._options = [], [], []
+        for layer, (own, keys) in enumerate(zip(cache.layers, known, strict=True)):
+            B, HK, S, D = own.keys.shape
+            buffers = allocate((2, B, HK, S + room, D), self.dtype, self.device).unbind(0)
+            begin = _prompt(keys, S)
+            segments = []
+            for buffer, held in zip(buffers, (own.keys, own.values), strict=True):
+                buffer[:, :, :S].copy_(held)
+                segments.append((buffer[:, :, :begin], buffer[:, :, begin:]))
+            (source_k, target_k), (source_v, target_v) = segments
+            length, rings = self._lengths[layer], (None, None)
+            self._staged.append(
+                Staged(source_k, source_v, target_k, target_v, length, status, None, TARGET, False, 0, rings, None)
+            )
+            scale = text.layers[layer].self_attn.scaling
+            self._options.append(Options(None, None, None, (0, 0), float(scale), 0.0, False, backend))
+            self._buffers.append(buffers)
+            self._keys.append(own.keys)
+            self._values.append(own.values)
+            self._grow(own, layer, S)
+
+    def _grow(self, own: Any, layer: int, length: int) -> None:
+        """What the cache's layer holds, now so many keys."""
+        k, v = self._buffers[layer]
+        own.keys = self._keys[layer] = k.narrow(2, 0, length)
+        own.values = self._values[layer] = v.narrow(2, 0, length)
+
+    def begin(self, cache: Any) -> bool:
+        """Whether one more token fits behind what the cache holds, and that is what the last token left."""
+        if self.begun or not self.left or cache.layers[0].keys.dtype != self.dtype:
+            return False
+        held = zip(cache.layers, self._keys, self._values, strict=True)
+        if not all(own.keys is k and own.values is v for own, k, v in held):
+            return False
+        self.begun = True
+        return True
+
+    def attend(self, module: Any, own: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """The attention of one layer for x [B, 1, C], before its output projection: [B, 1, H * D]."""
+        if angles is not self._given:
+            self._given = angles
+            self._cos, self._sin = (half(self._joined(table), self.dtype) for table in angles)
+        layer, B, D = module.layer_idx, x.shape[0], module.head_dim
+        # one row: the heads of [B, 1, H * D] are [B, H, 1, D] as they are
+        q, k, v = (made(x).view(B, -1, 1, D) for made in (module.q_proj, module.k_proj, module.v_proj))
+        o, _ = attend(q, k, v, self._cos, self._sin, None, self._staged[layer], self._options[layer])
+        self._grow(own, layer, self._keys[layer].shape[2] + 1)
+        return o.view(B, 1, -1)
+
+    def _joined(self, table: Tensor) -> Tensor:
+        """cos or sin [1 or B, 1, D]; M-RoPE's [3, 1 or B, 1, D] before transformers 5.17, put together."""
+        if table.dim() == 3:
+            return table
+        parts = table.split(self._sections * 2, dim=-1)
+        return torch.cat([part[n % 3] for n, part in enumerate(parts)], dim=-1)
+
+    def commit(self) -> None:
+        """After the last layer: the token belongs to all of them."""
+        self._lengths[:, :, TARGET].add_(1)
+        self.left -= 1
+        self.begun, self._given = False, None
+
+
+def attention(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """One layer's attention of a pruned model; every call that is no generated token goes to the class's own
+    forward."""
+    step = kwargs.get(PASS)
+    decode: Decode | None = None if step is None else step.decode
+    angles = kwargs.get("position_embeddings")
+    if decode is None or angles is None:
+        return type(self).forward(self, *args, **kwargs)
+    x = args[0] if args else kwargs["hidden_states"]
+    return self.o_proj(decode.attend(self, step.cache.layers[self.layer_idx], x, angles)), None
+
+
+class Fuse:
+    """What a pruned model's generated tokens ask before their first layer."""
+
+    def __init__(self, text: Any, always: bool) -> None:
+        """always: also where only the reference would run."""
+        self._text, self._always = text, always
+
+    def __call__(self, ledger: Any, cache: Any, known: list[Keys]) -> tuple[Decode | None, str]:
+        """The buffers for this token, or None and why it goes the way of transformers."""
+        if frozen():
+            return None, "as in transformers: a CUDA graph is captured, or torch.compile traces"
+        if torch.is_grad_enabled():
+            return None, "as in transformers: autograd is on (torch.no_grad() turns it off)"
+        decode: Decode | None = ledger.decode
+        if decode is None or torch.is_autocast_enabled(decode.device.type) or not decode.begin(cache):
+            reason, backend = self._look(cache, known)
+            if reason is not None:
+                ledger.decode = None
+                return None, f"as in transformers: {reason}"
+            room = ROOM if decode is None or decode.left else 2 * decode.room
+            decode = ledger.decode = Decode(self._text, cache, known, backend, room)
+            decode.begin(cache)
+        return decode, f"fused ({decode.backend})"
+
+    def _look(self, cache: Any, known: list[Keys]) -> tuple[str | None, str]:
+        """Why not, if so, and which backend."""
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return "the cache is no DynamicCache", ""
+        for keys in dict.fromkeys(known):
+            if keys.kept is not None:
+                return "the cache holds keys that generated tokens do not see", ""
+            if len(keys.runs) > 1 or (keys.runs and keys.runs[0][0]):
+                return "the cache holds several prompts of samples of different lengths", ""
+        text, first = self._text, cache.layers[0].keys
+        if torch.is_autocast_enabled(first.device.type):
+            return "autocast is on", ""
+        held = {(layer.keys.dtype, layer.keys.device) for layer in cache.layers}
+        if held != {(text.dtype, text.device)}:
+            return f"the cache holds {first.dtype} on {first.device}, the model is {text.dtype} on {text.device}", ""
+        (B, HK, _, D), H = first.shape, text.config.num_attention_heads
+        call = Call(OP, first.device, first.dtype, {"B": B, "H": H, "HK": HK, "T": 1, "D": D})
+        backend = choose(call, "auto")
+        if backend == "reference" and not self._always:
+            return f"no kernel of streamkernels runs it ({first.dtype} on {first.device}, head dim {D})", ""
+        return None, backend
+
+
+def _prompt(keys: Keys, S: int) -> int:
+    """The keys of the source segment: the one block that samples fill differently, or all there are."""
+    return keys.begin if keys.runs else S
+
+
+def _lengths(cache: Any, known: list[Keys]) -> Tensor:
+    """int32 [layers, B, 2]."""
+    shapes = [(layer.keys.shape[2], _prompt(keys, layer.keys.shape[2])) for layer, keys in zip(cache.layers, known)]
+    first = cache.layers[0].keys
+    table = torch.tensor([[begin, S - begin] for S, begin in shapes], dtype=torch.int32)
+    with torch.inference_mode(False):
+        lengths = table.to(first.device)[:, None].repeat(1, first.shape[0], 1)
+    for keys in dict.fromkeys(known):
+        if keys.runs:
+            same = [layer for layer, other in enumerate(known) if other is keys]
+            lengths[same, :, 0] = keys.runs[0][1].to(torch.int32)
+    return lengths
