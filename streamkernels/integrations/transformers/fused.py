@@ -109,13 +109,14 @@ def norms_of(base: Any) -> list[nn.Module]:
     """The norms of a language model that `norm` can stand for: those of its layers and attentions, and the last one."""
     parts = [base, *(part for layer in base.layers for part in (layer, layer.self_attn))]
     found = [m for part in parts for m in part.children() if hasattr(m, "variance_epsilon") and hasattr(m, "weight")]
-    known = {kind: _is_known(kind) for kind in {type(m) for m in found}}
+    known = {kind: known_as(kind, NORMS) for kind in {type(m) for m in found}}
     return [m for m in found if known[type(m)] and "forward" not in m.__dict__]
 
 
-def _is_known(kind: type) -> bool:
+def known_as(kind: type, hashes: tuple[str, ...]) -> bool:
+    """Whether the forward of a class has one of these texts."""
     try:
-        return text_hash(kind.forward) in NORMS  # type: ignore[attr-defined]
+        return text_hash(inspect.unwrap(kind.forward)) in hashes  # type: ignore[attr-defined]
     except (OSError, TypeError):
         return False
 
@@ -123,7 +124,7 @@ def _is_known(kind: type) -> bool:
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
     """An RMS norm as one operation, with one rounding less; as the class has it for autograd and torch.compile, which
     has its own way, for weights of another dtype and for fp64, which transformers rounds to fp32 here."""
-    weight, dtype = self.weight, hidden_states.dtype
+    weight, dtype = self._parameters["weight"], hidden_states.dtype
     differs = dtype != weight.dtype or dtype == torch.float64
     if differs or torch.is_grad_enabled() or torch.compiler.is_compiling():
         out: Tensor = type(self).forward(self, hidden_states)
@@ -150,28 +151,39 @@ def attention(
             past_key_values=past_key_values,
             **kwargs,
         )
-    shape = hidden_states.shape[:-1]
-    q, k, v = _project(self, hidden_states, (*shape, -1, self.head_dim))
+    o = attend(self, hidden_states, position_embeddings, route, kwargs)
+    return linear(self.o_proj, o), None
+
+
+def attend(
+    module: Any, x: Tensor, angles: tuple[Tensor, Tensor], route: Route, options: dict[str, Any]
+) -> Tensor:
+    """One layer's attention in a streaming step, before its output projection: x [B, T, C] -> [B, T, H * D]."""
+    shape, cache = x.shape[:-1], route.cache
+    if cache is None:
+        raise RuntimeError("streamkernels: a streaming step needs its cache")
+    q, k, v = _project(module, x, (*shape, -1, module.head_dim))
     # norms with fp32 weights under autocast give q and k in fp32, but v in the autocast dtype
     q, k = q.to(v.dtype), k.to(v.dtype)
-    cos, sin = (half(x, v.dtype) for x in position_embeddings)
-    source_begin, target_begin = route.begins_on(route.windows[self.layer_idx], q.device)
+    cos, sin = (half(table, v.dtype) for table in angles)
+    source_begin, target_begin = route.begins_on(route.windows[module.layer_idx], q.device)
     o: Any = incremental_prefill(
         q,
         k,
         v,
         cos,
         sin,
-        route.cache.stream,
-        self.layer_idx,
-        role=kwargs["role"],
-        source_limit=kwargs.get("source_limit"),
+        cache.stream,
+        module.layer_idx,
+        role=options["role"],
+        source_limit=options.get("source_limit"),
         source_begin=source_begin,
         target_begin=target_begin,
-        scale=self.scaling,
-        softcap=getattr(self, "attn_logit_softcapping", None),
+        scale=module.scaling,
+        softcap=getattr(module, "attn_logit_softcapping", None),
     )
-    return self.o_proj(o.transpose(1, 2).reshape(*shape, -1)), None
+    made: Tensor = o.transpose(1, 2).reshape(*shape, -1)
+    return made
 
 
 def _project(module: Any, x: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,29 +192,36 @@ def _project(module: Any, x: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, Te
         D, HK = module.head_dim, module.num_key_value_heads
         q, k, v = module.qkv_proj(x).split([module.config.num_attention_heads * D, HK * D, HK * D], dim=-1)
     else:
-        q, k, v = (_linear(projection, x) for projection in (module.q_proj, module.k_proj, module.v_proj))
+        q, k, v = (linear(projection, x) for projection in (module.q_proj, module.k_proj, module.v_proj))
     q, k, v = q.view(heads), k.view(heads), v.view(heads)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _linear(projection: Any, x: Tensor) -> Tensor:
-    """What a projection makes of x [B, T, C]: the module itself, adapters and hooks included.
+def linear(projection: Any, x: Tensor) -> Tensor:
+    """What a projection makes of x [B, T, C]: the module itself, adapters and hooks included; of a plain layer that
+    nobody watches, the product alone.
 
     While torch.compile traces one token's step, a plain layer's bias is added apart from the product: inductor turns a
     product with one row into a reduction that reads the weights at full bandwidth and takes neighbours along (under
     `coordinate_descent_tuning`), but leaves one with a bias to cuBLAS, which is slow at small products of that kind."""
-    plain = torch.compiler.is_compiling() and type(projection) is nn.Linear and projection.bias is not None
-    if not plain or x.shape[0] * x.shape[1] != 1 or torch.is_grad_enabled() or _watched(projection):
+    if type(projection) is not nn.Linear or not untouched(projection):
         out: Tensor = projection(x)
         return out
-    return nn.functional.linear(x, projection.weight) + projection.bias
+    own = projection._parameters
+    weight, bias = own["weight"], own["bias"]
+    if bias is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if x.shape[0] * x.shape[1] == 1:
+            return nn.functional.linear(x, weight) + bias
+    return nn.functional.linear(x, weight, bias)
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody else's hook or forward sits on the module."""
-    return "forward" in module.__dict__ or bool(module._forward_pre_hooks) or bool(module._forward_hooks)
+def untouched(module: Any, forward: Callable[..., Any] | None = None) -> bool:
+    """Whether nobody's hook or forward sits on the module, but for this forward of ours."""
+    given = module.__dict__.get("forward")
+    mine = given is None if forward is None else getattr(given, "__func__", None) is forward
+    return mine and not module._forward_pre_hooks and not module._forward_hooks
 
 
 def half(angles: Tensor, dtype: torch.dtype) -> Tensor:

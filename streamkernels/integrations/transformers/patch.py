@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from ...core.shapes import refuse
 from .attention import NAME
 from .fused import attention, bind, norm, norms_of, unbind, why_not
+from .fused_layer import layer, layers_of
 from .model import base_of, check_supported
 from .request import admit
 from .windows import MEANINGS
@@ -145,8 +146,8 @@ class Handle:
                 self._modules.append((module, original, copies[id(original)]))
                 module.__dict__["config"] = copies[id(original)]
             if why_not_fused is None:
-                self._fused = bind((layer.self_attn for layer in base.layers), attention)
-                self._fused += bind(norms_of(base), norm)
+                self._fused = bind((each.self_attn for each in base.layers), attention)
+                self._fused += bind(norms_of(base), norm) + bind(layers_of(base), layer)
             self._hook = base.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             base.__dict__[_HANDLE] = self
         except BaseException:
@@ -179,7 +180,7 @@ class Handle:
     def _restore(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        unbind(self._fused, attention, norm)
+        unbind(self._fused, attention, norm, layer)
         for module, original, ours in self._modules:
             if module.__dict__.get("config") is ours:
                 module.__dict__["config"] = original

@@ -28,7 +28,8 @@ from ...pruning.layout import VisionLayout
 from ...pruning.report import Report
 from ...pruning.stages import Stages
 from .fused import bind, norm, norms_of, unbind, why_not
-from .prune_decode import Fuse, attention
+from .fused_layer import layers_of
+from .prune_decode import Fuse, attention, layer
 from .prune_forward import Pass
 from .prune_hooks import NAME, PASS, LayerHook, after_text, before_head, empty, frozen, real_rows
 from .prune_kept import KeptPass
@@ -116,10 +117,10 @@ class PruneHandle:
         self._names = {part: list(inspect.signature(part.forward).parameters) for part in (parts.base, parts.text)}
         try:
             self._name_attention(model)
-            self._add_hooks()
             if self._fuse is not None:
-                self._fused = bind((layer.self_attn for layer in parts.text.layers), attention)
-                self._fused += bind(norms_of(parts.text), norm)
+                self._fused = bind((each.self_attn for each in parts.text.layers), attention)
+                self._fused += bind(norms_of(parts.text), norm) + bind(layers_of(parts.text), layer)
+            self._add_hooks()
             parts.text.__dict__[_HANDLE] = self
         except BaseException:
             self._restore()
@@ -198,13 +199,14 @@ class PruneHandle:
         self._hooks.append(parts.base.register_forward_hook(self._after_base, always_call=True))
         self._hooks.append(parts.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
         self._hooks.append(parts.text.register_forward_hook(after_text, with_kwargs=True))
-        for index, layer in enumerate(parts.text.layers):
-            self._hooks.append(layer.register_forward_pre_hook(LayerHook(index), with_kwargs=True))
+        for index, each in enumerate(parts.text.layers):
+            if each not in self._fused:  # else its forward does that
+                self._hooks.append(each.register_forward_pre_hook(LayerHook(index), with_kwargs=True))
 
     def _restore(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        unbind(self._fused, attention, norm)
+        unbind(self._fused, attention, norm, layer)
         for module, original, ours in self._configs:
             if module.__dict__.get("config") is ours:
                 module.__dict__["config"] = original

@@ -19,8 +19,9 @@ from ...core.segments import allocate
 from ...core.staging import TARGET, Staged
 from ...ops.incremental_prefill.autograd import Options, attend
 from ...pruning.keys import Keys
-from .fused import half
-from .prune_hooks import PASS, frozen
+from .fused import half, linear
+from .fused_layer import through
+from .prune_hooks import PASS, before_layer, frozen
 
 OP = "incremental_prefill"
 # tokens that fit behind the keys before they are moved again; then as many as were generated
@@ -85,16 +86,17 @@ class Decode:
         self.begun = True
         return True
 
-    def attend(self, module: Any, own: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, module: Any, cache: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The attention of one layer for x [B, 1, C], before its output projection: [B, 1, H * D]."""
         if angles is not self._given:
             self._given = angles
             self._cos, self._sin = (half(self._joined(table), self.dtype) for table in angles)
         layer, B, D = module.layer_idx, x.shape[0], module.head_dim
         # one row: the heads of [B, 1, H * D] are [B, H, 1, D] as they are
-        q, k, v = (made(x).view(B, -1, 1, D) for made in (module.q_proj, module.k_proj, module.v_proj))
+        parts = module._modules
+        q, k, v = (linear(parts[name], x).view(B, -1, 1, D) for name in ("q_proj", "k_proj", "v_proj"))
         o, _ = attend(q, k, v, self._cos, self._sin, None, self._staged[layer], self._options[layer])
-        self._grow(own, layer, self._keys[layer].shape[2] + 1)
+        self._grow(cache.layers[layer], layer, self._keys[layer].shape[2] + 1)
         return o.view(B, 1, -1)
 
     def _joined(self, table: Tensor) -> Tensor:
@@ -120,7 +122,22 @@ def attention(self: Any, *args: Any, **kwargs: Any) -> Any:
     if decode is None or angles is None:
         return type(self).forward(self, *args, **kwargs)
     x = args[0] if args else kwargs["hidden_states"]
-    return self.o_proj(decode.attend(self, step.cache.layers[self.layer_idx], x, angles)), None
+    return linear(self.o_proj, decode.attend(self, step.cache, x, angles)), None
+
+
+def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """One decoder layer of a pruned model: `before_layer`, and a generated token goes `through`."""
+    changed = before_layer(self._modules["self_attn"].layer_idx, args, kwargs)
+    if changed is not None:
+        args, kwargs = changed
+    step = kwargs.get(PASS)
+    decode: Decode | None = None if step is None else step.decode
+    if decode is not None and len(args) == 1:
+        cache, angles = step.cache, kwargs["position_embeddings"]
+        out = through(self, args[0], lambda own, x: decode.attend(own, cache, x, angles), attention)
+        if out is not None:
+            return out
+    return type(self).forward(self, *args, **kwargs)
 
 
 class Fuse:

@@ -48,27 +48,32 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, padding_mask)
 
 
+def before_layer(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before one decoder layer: its rows, and the tables for them. The changed arguments, or None if they stay."""
+    step: Pass | None = kwargs.get(PASS)
+    if step is None:
+        return None
+    if index == 0:
+        step.open(kwargs.get("past_key_values"))
+    if step.passes_through:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    tables, positions = kwargs["position_embeddings"], kwargs.get("position_ids")
+    moved, changed = step.before(index, hidden, tables, positions)
+    if moved is hidden and changed is tables:
+        return None
+    rest = {name: x for name, x in kwargs.items() if name != "hidden_states"}
+    return (moved, *args[1:]), {**rest, "position_embeddings": changed}
+
+
 class LayerHook:
-    """Before one decoder layer: its rows, and the tables for them."""
+    """`before_layer` as a hook."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step: Pass | None = kwargs.get(PASS)
-        if step is None:
-            return None
-        if self.index == 0:
-            step.open(kwargs.get("past_key_values"))
-        if step.passes_through:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        tables, positions = kwargs["position_embeddings"], kwargs.get("position_ids")
-        moved, changed = step.before(self.index, hidden, tables, positions)
-        if moved is hidden and changed is tables:
-            return None
-        rest = {name: x for name, x in kwargs.items() if name != "hidden_states"}
-        return (moved, *args[1:]), {**rest, "position_embeddings": changed}
+        return before_layer(self.index, args, kwargs)
 
 
 def before_head(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
