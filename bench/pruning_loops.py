@@ -243,3 +243,8 @@ def dynamic(script: Script) -> VisionPruning:
 def fixed(script: Script, **options: Any) -> VisionPruning:
     """The same layers and numbers as a schedule."""
     return VisionPruning.fixed(script.schedule(), when_unprofitable="ignore", **options)
+
+
+def keeping(script: Script, **options: Any) -> VisionPruning:
+    """A schedule that drops nothing."""
+    return VisionPruning.fixed({script.filter: 1.0}, when_unprofitable="ignore", **options)

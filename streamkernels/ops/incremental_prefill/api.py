@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,10 +89,13 @@ def incremental_prefill(
         RuntimeError: a call from inside a backward, as gradient checkpointing makes: the cache has moved on, it cannot
             be repeated.
     """
-    plain = source_limit is source_begin is target_begin is sink_logits is None and type(sinks) is int and sinks == 0
-    key = _look_of(q, k, v, cos, sin, cache, layer, role, scale, softcap, interleaved, backend) if plain else None
+    plain = sink_logits is None and type(sinks) is int and sinks == 0
+    rows = (role if isinstance(role, Tensor) else None, source_limit, source_begin, target_begin)
+    key = _look_of(q, k, v, cos, sin, rows, cache, layer, role, scale, softcap, interleaved, backend) if plain else None
     if (known := _known.get(key)) is not None:
         staged = cache.stage(layer, role, q.shape[2])
+        if not (source_limit is source_begin is target_begin is None):
+            known = replace(known, source_limit=source_limit, source_begin=source_begin, target_begin=target_begin)
         o, lse = attend(q, k, v, cos, sin, None, staged, known)
         return (o, lse) if return_lse else o
     shapes = check_chunk(OP, k, v, cos, sin, cache, layer, role)
@@ -128,7 +132,8 @@ def incremental_prefill(
         o, lse = IncrementalPrefill.apply(q, k, v, sink_logits, cos, sin, cache, layer, staged, options)
     else:
         o, lse = attend(q, k, v, cos, sin, sink_logits, staged, options)
-        _known.keep(key, options)
+        # another call of this look has other limits, and this one's are not to be kept alive
+        _known.keep(key, replace(options, source_limit=None, source_begin=None, target_begin=None))
     return (o, lse) if return_lse else o
 
 
@@ -141,14 +146,17 @@ def _look_of(
     v: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    rows: tuple[Tensor | None, ...],
     cache: StreamCache,
     layer: int,
+    role: Tensor | int,
     *options: Any,
 ) -> Any:
-    """The look of a call without limits, begins, sinks and gradients over a cache that keeps every key; else None."""
+    """The look of a call without sinks and gradients over a cache that keeps every key; else None. rows: what it says
+    of each row [B, T]: roles, limits and begins."""
     if type(cache) is not StreamCache or cache.bounded or type(layer) is not int or not 0 <= layer < cache.layers:
         return None
-    look = look_of((q, k, v, cos, sin), (layer, *options))
+    look = look_of((q, k, v, cos, sin, *rows), (layer, None if rows[0] is not None else role, *options))
     if look is None or wants_gradient(q, k, v, cos, sin):
         return None
     held = cache.segment(layer, SOURCE)[0]
