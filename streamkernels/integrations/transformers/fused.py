@@ -209,7 +209,8 @@ def linear(projection: Any, x: Tensor) -> Tensor:
     if type(projection) is not nn.Linear or not untouched(projection):
         out: Tensor = projection(x)
         return out
-    own = projection._parameters
+    # Module.__getattr__ takes as long as the rest of this
+    own: dict[str, Any] = projection._parameters
     weight, bias = own["weight"], own["bias"]
     if bias is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
         if x.shape[0] * x.shape[1] == 1:

@@ -1,8 +1,8 @@
 """A decoder layer of few rows outside of autograd, where the host takes longer than the GPU: the same operations in the
 same order, without the calls of modules around them that do nothing else.
 
-Layers and MLPs are known by their text, as the attention is (`fused.py`). Whatever somebody else put on a module (hooks,
-a forward, adapters in its place) is called as ever.
+Layers and MLPs are known by their text, as the attention is (`fused.py`). Whatever somebody else put on a module or in
+its place (hooks, forwards, adapters) is called as ever.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _modules
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.activations import SiLUActivation
 
 from .attention import ROUTE, Route
@@ -39,7 +39,8 @@ def through(
     its forward is no longer `forward`."""
     parts = layer._modules
     own, mlp = parts["self_attn"], parts["mlp"]
-    if not untouched(own, forward) or not untouched(mlp) or _modules._global_forward_hooks or _modules._global_forward_pre_hooks:
+    watched = _global_forward_hooks or _global_forward_pre_hooks
+    if watched or not untouched(own, forward) or not untouched(mlp):
         return None
     x = attend(own, _normed(parts["input_layernorm"], hidden))
     hidden = hidden + linear(own._modules["o_proj"], x)
@@ -53,8 +54,8 @@ def layer(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The forward of a patched model's decoder layer: a streaming step goes `through`."""
     route: Route | None = kwargs.get(ROUTE)
     angles = kwargs.get("position_embeddings")
-    streams = route is not None and route.cache is not None and angles is not None
-    if streams and not (args or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    usual = args or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if route is not None and route.cache is not None and angles is not None and not usual:
         out = through(self, hidden_states, lambda own, x: attend(own, x, angles, route, kwargs), attention)
         if out is not None:
             return out

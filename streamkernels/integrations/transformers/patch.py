@@ -52,8 +52,9 @@ def patch(
 
     fused: in a streaming step hand unrotated q, k, v with cos, sin and the cache to one op that rotates, writes and
     attends, by a forward of our own on each attention module (its projections and norms are called as modules, so
-    adapters work), and let each RMS norm be one operation outside of autograd and torch.compile. True refuses a model whose forward or rotation is not the one of the tested releases; "auto" then
-    goes without, and `handle.why_not_fused` says why.
+    adapters work). Outside of autograd and torch.compile an RMS norm is one operation then, and a step goes through its
+    layers without the calls of modules that nobody watches. True refuses a model whose forward or rotation is not the
+    one of the tested releases; "auto" then goes without, and `handle.why_not_fused` says why.
 
     require_spans: refuse a forward in training that has neither spans nor a GroupedCache, as when the Hugging Face
     Trainer drops a column that the model's forward does not name.

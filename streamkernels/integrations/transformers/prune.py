@@ -287,7 +287,8 @@ class PruneHandle:
             self._last, self._token = (step, reads, text, module.dtype.itemsize), None
         elif T == 1:
             step.fuse, self._token = self._fuse, step
-            step.decoded = f"as in transformers: {self.why_not_fused}" if self._fuse is None else ""
+            # `Fuse` says it better where it is asked
+            step.decoded = f"as in transformers: {self.why_not_fused or 'a StaticCache, or a traced step'}"
         return (), {**named, PASS: step}
 
     def _pass(

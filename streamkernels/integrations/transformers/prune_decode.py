@@ -2,7 +2,7 @@
 concatenations and an attention.
 
 The keys stay in the DynamicCache, whose tensors become views of buffers with room behind them: `incremental_prefill`
-writes a token's key there and attends, and the view gets longer by one. Whatever happens to the cache between two tokens
+writes a token's key there and attends, and the view gets longer by one. What happens to the cache between two tokens
 (beams reordered, guesses cropped, another prompt) leaves other tensors in it, which are moved to new buffers then.
 """
 
@@ -16,14 +16,16 @@ from transformers.cache_utils import DynamicLayer
 
 from ...backends.select import Call, choose
 from ...core.segments import allocate
+from ...core.shapes import refuse
 from ...core.staging import TARGET, Staged
-from ...ops.incremental_prefill.autograd import Options, attend
+from ...ops.incremental_prefill import Options, attend
 from ...pruning.keys import Keys
 from .fused import half, linear
 from .fused_layer import through
+from .prune_forward import Pass
 from .prune_hooks import PASS, before_layer, frozen
+from .prune_models import OP
 
-OP = "incremental_prefill"
 # tokens that fit behind the keys before they are moved again; then as many as were generated
 ROOM = 128
 
@@ -35,7 +37,7 @@ class Decode:
     lengths[layer, b, 0], what is behind them its target segment; both lie in one buffer [B, HK, room, D].
     """
 
-    def __init__(self, text: Any, cache: Any, known: list[Keys], backend: str, room: int = ROOM) -> None:
+    def __init__(self, text: Any, cache: Any, known: list[Keys], backend: str, room: int) -> None:
         """known: the keys of each layer, as `Fuse` has approved them."""
         first = cache.layers[0].keys
         self.device, self.dtype, self.backend = first.device, first.dtype, backend
@@ -78,13 +80,14 @@ class Decode:
 
     def begin(self, cache: Any) -> bool:
         """Whether one more token fits behind what the cache holds, and that is what the last token left."""
-        if self.begun or not self.left or cache.layers[0].keys.dtype != self.dtype:
-            return False
         held = zip(cache.layers, self._keys, self._values, strict=True)
         if not all(own.keys is k and own.values is v for own, k, v in held):
             return False
-        self.begun = True
-        return True
+        if self.begun:
+            got = "one in which a token has failed half way"
+            refuse(OP, "past_key_values", "a cache whose layers have all seen the same calls", got)
+        self.begun = self.left > 0
+        return self.begun
 
     def attend(self, module: Any, cache: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The attention of one layer for x [B, 1, C], before its output projection: [B, 1, H * D]."""
@@ -116,13 +119,12 @@ class Decode:
 def attention(self: Any, *args: Any, **kwargs: Any) -> Any:
     """One layer's attention of a pruned model; every call that is no generated token goes to the class's own
     forward."""
-    step = kwargs.get(PASS)
-    decode: Decode | None = None if step is None else step.decode
+    step: Pass | None = kwargs.get(PASS)
     angles = kwargs.get("position_embeddings")
-    if decode is None or angles is None:
+    if step is None or step.decode is None or angles is None:
         return type(self).forward(self, *args, **kwargs)
     x = args[0] if args else kwargs["hidden_states"]
-    return linear(self.o_proj, decode.attend(self, step.cache, x, angles)), None
+    return linear(self.o_proj, step.decode.attend(self, step.cache, x, angles)), None
 
 
 def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,10 +132,9 @@ def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
     changed = before_layer(self._modules["self_attn"].layer_idx, args, kwargs)
     if changed is not None:
         args, kwargs = changed
-    step = kwargs.get(PASS)
-    decode: Decode | None = None if step is None else step.decode
-    if decode is not None and len(args) == 1:
-        cache, angles = step.cache, kwargs["position_embeddings"]
+    step: Pass | None = kwargs.get(PASS)
+    if step is not None and step.decode is not None and len(args) == 1:
+        decode, cache, angles = step.decode, step.cache, kwargs["position_embeddings"]
         out = through(self, args[0], lambda own, x: decode.attend(own, cache, x, angles), attention)
         if out is not None:
             return out
@@ -166,8 +167,8 @@ class Fuse:
 
     def _look(self, cache: Any, known: list[Keys]) -> tuple[str | None, str]:
         """Why not, if so, and which backend."""
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return "the cache is no DynamicCache", ""
+        if any(type(layer) is not DynamicLayer for layer in cache.layers) or getattr(cache, "offloading", False):
+            return "the cache is no DynamicCache that stays on its device", ""
         for keys in dict.fromkeys(known):
             if keys.kept is not None:
                 return "the cache holds keys that generated tokens do not see", ""
@@ -180,7 +181,7 @@ class Fuse:
         if held != {(text.dtype, text.device)}:
             return f"the cache holds {first.dtype} on {first.device}, the model is {text.dtype} on {text.device}", ""
         (B, HK, _, D), H = first.shape, text.config.num_attention_heads
-        call = Call(OP, first.device, first.dtype, {"B": B, "H": H, "HK": HK, "T": 1, "D": D})
+        call = Call("incremental_prefill", first.device, first.dtype, {"B": B, "H": H, "HK": HK, "T": 1, "D": D})
         backend = choose(call, "auto")
         if backend == "reference" and not self._always:
             return f"no kernel of streamkernels runs it ({first.dtype} on {first.device}, head dim {D})", ""
@@ -194,9 +195,11 @@ def _prompt(keys: Keys, S: int) -> int:
 
 def _lengths(cache: Any, known: list[Keys]) -> Tensor:
     """int32 [layers, B, 2]."""
-    shapes = [(layer.keys.shape[2], _prompt(keys, layer.keys.shape[2])) for layer, keys in zip(cache.layers, known)]
-    first = cache.layers[0].keys
-    table = torch.tensor([[begin, S - begin] for S, begin in shapes], dtype=torch.int32)
+    first, table = cache.layers[0].keys, torch.zeros((len(known), 2), dtype=torch.int32)
+    for layer, (own, keys) in enumerate(zip(cache.layers, known, strict=True)):
+        S = own.keys.shape[2]
+        begin = _prompt(keys, S)
+        table[layer, 0], table[layer, 1] = begin, S - begin
     with torch.inference_mode(False):
         lengths = table.to(first.device)[:, None].repeat(1, first.shape[0], 1)
     for keys in dict.fromkeys(known):

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from .api import incremental_prefill
+from .autograd import Options, attend
 
-__all__ = ["incremental_prefill"]
+# the last two for a caller that keeps buffers of its own and says so in a `Staged`: nothing is checked
+__all__ = ["Options", "attend", "incremental_prefill"]
