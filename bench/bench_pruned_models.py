@@ -284,14 +284,19 @@ def test_a_request(name, vision, rows):
 @gpu
 @torch.inference_mode()
 def test_costs(rows):
-    """What `streamkernels/pruning/costs.py` holds: microseconds of a captured layer by its rows, and of a probe."""
+    """What `streamkernels/pruning/costs.py` holds: microseconds of a captured layer by its rows, of an eager one's
+    launches, and of a probe; of the model as `prune_vision` leaves it, which drops nothing here."""
     name = "LLaVA-1.5-7B"
     model, script = build(name), SCRIPTS[name]
     layers = model.model.language_model.config.num_hidden_layers
     us = {}
     for vision in (16, 576, 2880):
         prompt = Prompt(model, 1, vision)
-        us[prompt.T] = device_us(captured_prefill(model, prompt)) / layers
+        with prune_vision(model, keeping(script)) as handle:
+            us[prompt.T] = device_us(captured_prefill(model, prompt, handle.layout(prompt.mask))) / layers
+            if vision == 16:
+                eager = statistics.median([request(Pruned(model, prompt), 1)[0] for _ in range(8)][2:])
+                keep(rows, {"costs": name, "rows": prompt.T, "eager us a layer": 1e3 * eager / layers})
         keep(rows, {"costs": name, "rows": prompt.T, "us a layer": us[prompt.T], "us a row": us[prompt.T] / prompt.T})
     # what the probes before the filter layer add, on the host's clock: their launches and reads stop the device
     prompt = Prompt(model, 1, 576)

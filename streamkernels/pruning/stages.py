@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -91,6 +92,25 @@ def where(mask: Tensor, most: int | None = None) -> Move:
     return select_tokens(mask.to(torch.float32), threshold=0.5, max_keep=most)
 
 
+class Read:
+    """A number on its way to the host. On a GPU it is copied behind what has been launched, so that whatever is
+    launched until it is asked for keeps the device busy meanwhile."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number, self._event = number, None
+        if number.is_cuda:
+            self._number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def __call__(self) -> float:
+        """The number; waits for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._number.item()
+
+
 @dataclass(eq=False)
 class Drop:
     """What one layer decided, for the report: the rows that are left after it."""
@@ -104,7 +124,8 @@ class Stages:
     """One prompt's way through the layers.
 
     The owner asks `start()` before layer 0 and `take()` before every later one, and moves the rows if they return a
-    list; after the attention of a layer for which `probes(layer)` holds it calls `decide(layer, probe)`. Without
+    list; after the attention of a layer for which `probes(layer)` holds it calls `decide(layer, probe)`. What the host
+    must know of that is read by `take()`, behind the rest of the layer. Without
     `drops_any` only padding moves. `guesses`: tokens at the end of every sample that are not the prompt's but a guess
     how it goes on (assisted decoding); the last one before them is scored.
     """
@@ -124,6 +145,8 @@ class Stages:
         self._most = None if counts is None else max((v for _, v in counts), default=0)
         self.rows = Rows.all(vision, self._most)
         self._pending: tuple[Rows, Move] | None = None
+        # what is left to do once the host knows what the last probe found
+        self._asked: Callable[[], None] | None = None
         self._done = not self.drops_any or self._most == 0
         device = vision.device
         self.phase = torch.full((B,), SEARCHING, dtype=torch.int32, device=device)
@@ -158,6 +181,9 @@ class Stages:
 
     def take(self) -> Move | None:
         """The list by which the rows change before the next layer, once; None if they stay."""
+        if self._asked is not None:
+            asked, self._asked = self._asked, None
+            asked()
         if self._pending is None:
             return None
         (self.rows, move), self._pending = self._pending, None
@@ -174,12 +200,25 @@ class Stages:
     def _alone(self, layer: int, probe: Probe) -> None:
         """`_dynamic` of one sample, of which the host knows the phase: what it need not ask is not computed. A layer
         that changes nothing, as nearly all do, costs the scores, a few launches and the read."""
-        config, rows = self.config, self.rows
         scores = probe.scores()
         self.reads += 1
         if self._found:
             # entries behind the count have the cosine 1
-            quiet = bool((scores.cosine >= config.exit_threshold).all())
+            read = Read((scores.cosine >= self.config.exit_threshold).all())
+        else:
+            read = _found_and_left(
+                scores,
+                self.rows.vision_count,
+                layer_threshold=self.config.layer_threshold,
+                token_threshold=self.config.token_threshold,
+            )
+        self._asked = lambda: self._answered(layer, scores, read)
+
+    def _answered(self, layer: int, scores: TokenScores, read: Read) -> None:
+        """What follows for one sample."""
+        config, rows = self.config, self.rows
+        if self._found:
+            quiet = bool(read())
             self._quiet = self._quiet + 1 if quiet else 0 if config.consecutive else self._quiet
             if not quiet or self._quiet < config.exit_count:
                 return
@@ -187,8 +226,7 @@ class Stages:
             kept, kept_count = rows.vision, torch.zeros_like(rows.vision_count)
             self.exit_layer = torch.full_like(self.exit_layer, layer)
         else:
-            options = {"layer_threshold": config.layer_threshold, "token_threshold": config.token_threshold}
-            left, own = _found_and_left(scores, rows.vision_count, **options)
+            left, own = struct.unpack("=2i", int(read()).to_bytes(8, sys.byteorder, signed=True))
             self._done = own == 0
             if left < 0:
                 return
@@ -225,7 +263,11 @@ class Stages:
         changed = (kept_count != own).any()
         packed = count.max().long() | kept_count.max().long() << _BITS | changed.long() << 2 * _BITS
         self.reads += 1
-        number = int(packed.item())
+        read = Read(packed)
+        self._asked = lambda: self._moved(layer, int(read()), index, count)
+
+    def _moved(self, layer: int, number: int, index: Tensor, count: Tensor) -> None:
+        """What follows for a batch: rows, vision tokens, and whether anything changed, in one number."""
         width, most = number & (1 << _BITS) - 1, number >> _BITS & (1 << _BITS) - 1
         self._done = most == 0
         if number >> 2 * _BITS:
@@ -279,18 +321,16 @@ class Stages:
 
 def _found_and_left(
     scores: TokenScores, own: Tensor, *, layer_threshold: float, token_threshold: float
-) -> tuple[int, int]:
+) -> Read:
     """Of one sample with `own` [1] listed tokens: how many `visipruner_select` keeps, -1 where it finds nothing, and
-    how many there are. One read of 8 bytes."""
+    how many there are, as two int32 in 8 bytes."""
     # entries behind the count have the cosine 1 and the norm 0
     stays = scores.norm > token_threshold
     if token_threshold < 0:
         stays &= torch.arange(stays.shape[1], device=own.device) < own[:, None]
     found = (scores.cosine < layer_threshold).any(1)
     left = torch.where(found, stays.sum(1, dtype=torch.int32), -1)
-    number = int(torch.cat([left, own]).view(torch.int64).item())
-    kept, had = struct.unpack("=2i", number.to_bytes(8, sys.byteorder, signed=True))
-    return kept, had
+    return Read(torch.cat([left, own]).view(torch.int64))
 
 
 def share(k: int | float, vision: int) -> int:

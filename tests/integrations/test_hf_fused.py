@@ -79,6 +79,10 @@ def test_undo_is_exact_and_other_models_stay_apart(tiny, random_ids, family):
         stock = two(ids).logits
         with sk.patch(one, fused=True):
             assert all("forward" in layer.self_attn.__dict__ for layer in one.model.layers)
+            # other norms, and layers with something between, keep theirs
+            own = [layer for layer in one.model.layers if "forward" in layer.__dict__]
+            assert len(own) == (0 if family in ("gemma2", "phi3") else len(one.model.layers))
+            assert ("forward" in one.model.norm.__dict__) == (family != "gemma2")
             assert not any("forward" in layer.self_attn.__dict__ for layer in two.model.layers)
             assert torch.equal(two(ids).logits, stock)
             twin = copy.deepcopy(one)
@@ -99,6 +103,23 @@ def test_the_other_routes_are_untouched(tiny, random_ids, family, close):
         got = model(ids).logits, model(ids, spans=spans, position_ids=positions, use_cache=False).logits
     for a, b in zip(got, want, strict=True):
         close(a, b, 0)
+
+
+INSIDE = ["", "self_attn", "mlp", "post_attention_layernorm", "mlp.up_proj", "self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_hooks_inside_a_layer_are_called(tiny, random_ids, name, close):
+    model, ids, seen = tiny("qwen2"), random_ids(2, 11), []
+    with torch.no_grad(), sk.patch(model, fused=True):
+        want = steps(model, ids, GroupedCache.for_model(model, 2))
+        hook = model.model.layers[1].get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+        close(steps(model, ids, GroupedCache.for_model(model, 2)), want)
+        hook.remove()
+        assert seen and set(seen) == {name}
+        n = len(seen)
+        steps(model, ids, GroupedCache.for_model(model, 2))
+        assert len(seen) == n
 
 
 class Adapter(nn.Module):

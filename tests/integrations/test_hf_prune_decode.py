@@ -306,6 +306,24 @@ def test_kernels_are_as_good_as_transformers(name, samples):
     assert errors["fused"].max() <= 2 * errors["hf"].max() and errors["fused"].mean() <= 1.5 * errors["hf"].mean()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("samples", [ONE, MIXED], ids=["one", "batch"])
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_decisions_that_a_gpu_s_host_reads_late(samples, consecutive):
+    """The same layers, rows and reads as on a CPU, where every number is there at once."""
+    model, prompt, found = model_of("llava"), prompt_of("llava", samples), []
+    config = VisionPruning.fast(**FAST, consecutive=consecutive)
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(model).to(device)
+        inputs = {key: x.to(device) for key, x in prompt.inputs.items()}
+        with prune_vision(model, config) as handle, torch.no_grad():
+            logits = model(**inputs).logits.cpu()
+            report = handle.report()
+        found.append((logits, report.rows, report.vision_rows, report.filter_layer, report.exit_layer, report.reads))
+    assert found[0][1:] == found[1][1:] and max(found[0][3]) >= 0
+    assert (found[0][0] - found[1][0]).abs().max() <= 1e-4 * found[0][0].abs().max()
+
+
 def test_a_norm_is_one_operation_and_no_worse():
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

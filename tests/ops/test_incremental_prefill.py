@@ -11,6 +11,7 @@ from streamkernels.core.cache import PADDING, SOURCE, TARGET, StreamCache
 from streamkernels.core.positions import Rotary, apply_rotary
 from streamkernels.core.spans import from_limits
 from streamkernels.ops.incremental_prefill import incremental_prefill
+from streamkernels.ops.known import Known
 from streamkernels.ops.rotate_append import rotate_append
 from streamkernels.ops.span_attention import span_attention
 from streamkernels.testing.compare import assert_accurate
@@ -283,6 +284,28 @@ def test_calls_that_look_alike_are_checked_once(monkeypatch):
     cache.select(torch.tensor([0]))
     with pytest.raises(TypeError, match="not callable"):
         incremental_prefill(**call)
+
+
+def test_rows_of_a_known_call_are_this_call_s(monkeypatch):
+    """Roles, limits and begins of another call that looks alike are not used again, and others are checked."""
+    from streamkernels.ops.incremental_prefill import api
+
+    begins = {"source_begin": torch.zeros_like(LIMIT), "target_begin": torch.zeros_like(LIMIT)}
+    first = PLAIN | begins
+    other = {"role": ROLE.flip(0), "source_limit": LIMIT.clamp(max=3)} | {k: x + 1 for k, x in begins.items()}
+    plain = incremental_prefill(*chunk(), COS, SIN, cache_of(), 0, **first)
+    for changed in (*({name: x} for name, x in other.items()), other):
+        monkeypatch.setattr(api, "_known", Known())
+        checked = incremental_prefill(*chunk(), COS, SIN, cache_of(), 0, **first | changed)
+        monkeypatch.setattr(api, "_known", Known())
+        incremental_prefill(*chunk(), COS, SIN, cache_of(), 0, **first)
+        with monkeypatch.context() as patch:
+            patch.setattr(api, "check_chunk", None)
+            known = incremental_prefill(*chunk(), COS, SIN, cache_of(), 0, **first | changed)
+            for wrong in ({"source_limit": LIMIT[:1]}, {"target_begin": LIMIT.long()}, {"role": ROLE.int()}):
+                with pytest.raises(TypeError, match="not callable"):
+                    incremental_prefill(*chunk(), COS, SIN, cache_of(), 0, **first | wrong)
+        assert torch.equal(known, checked) and not torch.equal(known, plain)
 
 
 def test_bounded_caches_refuse_long_chunks_and_more_sinks_than_they_keep():

@@ -37,7 +37,8 @@ class Route:
     cache: the GroupedCache, or None for the routes over one buffer. windows: the sliding window of each layer of a
     streaming step, None for none. begins: per sliding window the first source and target key of each row of a streaming
     step. window: what a window means under declared spans. visible: the Spans of the routes over one buffer and what
-    `prepare` makes of them, built by the first layer that needs them, per device, window and number of keys.
+    `prepare` makes of them, built by the first layer that needs them, per device, window and number of keys. angles:
+    what the last fused layer was given as cos and sin, and what it made of them.
     """
 
     cache: GroupedCache | None = None
@@ -45,6 +46,7 @@ class Route:
     begins: dict[int, Begins] = field(default_factory=dict)
     window: str = "position"
     visible: dict[tuple[torch.device, int | None, int], Prepared] = field(default_factory=dict)
+    angles: tuple[Any, torch.dtype, tuple[Tensor, Tensor]] | None = None
 
     def begins_on(self, window: int | None, device: torch.device) -> Begins | tuple[None, None]:
         """(source_begin, target_begin) of a layer with this window, on its device."""

@@ -165,7 +165,7 @@ def attend(
     q, k, v = _project(module, x, (*shape, -1, module.head_dim))
     # norms with fp32 weights under autocast give q and k in fp32, but v in the autocast dtype
     q, k = q.to(v.dtype), k.to(v.dtype)
-    cos, sin = (half(table, v.dtype) for table in angles)
+    cos, sin = _halves(route, angles, v.dtype)
     source_begin, target_begin = route.begins_on(route.windows[module.layer_idx], q.device)
     o: Any = incremental_prefill(
         q,
@@ -223,6 +223,17 @@ def untouched(module: Any, forward: Callable[..., Any] | None = None) -> bool:
     given = module.__dict__.get("forward")
     mine = given is None if forward is None else getattr(given, "__func__", None) is forward
     return mine and not module._forward_pre_hooks and not module._forward_hooks
+
+
+def _halves(route: Route, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`half` of cos and sin, once for all layers that are given the same."""
+    held = route.angles
+    if held is not None and held[0] is angles and held[1] == dtype:
+        return held[2]
+    both = half(angles[0], dtype), half(angles[1], dtype)
+    if not torch.compiler.is_compiling():
+        route.angles = angles, dtype, both
+    return both
 
 
 def half(angles: Tensor, dtype: torch.dtype) -> Tensor:
