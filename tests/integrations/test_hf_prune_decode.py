@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from streamkernels import VisionPruning, prune_vision
-from streamkernels.integrations.transformers import fused, prune_decode
+from streamkernels.integrations.transformers import fused, prune_decode, prune_fresh
 
 from . import test_hf_prune as prompts
 from .prune_models import LAYERS, MAKERS, make_vlm, prompt_of, text_of
@@ -116,6 +116,7 @@ def close(a, b):
 
 def test_room_runs_out_and_is_made(monkeypatch, made):
     monkeypatch.setattr(prune_decode, "ROOM", 2)
+    monkeypatch.setattr(prune_fresh, "ROOM", 2)
     model = model_of("llava")
     with prune_vision(model, PLAIN, decode="hf"):
         want = steps(model, filled(model), 9)

@@ -280,13 +280,14 @@ class PruneHandle:
                 refuse(OP, "attention_mask", "a mask of ones", got, NotImplementedError)
             real = None
         step, reads, text = self._pass(module.rotary_emb, given, real, B, T, like.device, guesses)
+        step.fuse = self._fuse
         if not isinstance(named.get("attention_mask"), dict):
             # a 4-D mask goes through transformers as it is: no search for packed sequences, which reads the device
             named["attention_mask"] = torch.empty((0, 0, 0, 0), device=like.device)
         if given is not None or isinstance(step, KeptPass):
             self._last, self._token = (step, reads, text, module.dtype.itemsize), None
         elif T == 1:
-            step.fuse, self._token = self._fuse, step
+            self._token = step
             # `Fuse` says it better where it is asked
             step.decoded = f"as in transformers: {self.why_not_fused or 'a StaticCache, or a traced step'}"
         return (), {**named, PASS: step}

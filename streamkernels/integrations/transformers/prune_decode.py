@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ...backends.select import Call, choose
 from ...core.segments import allocate
@@ -20,14 +20,12 @@ from ...core.shapes import refuse
 from ...core.staging import TARGET, Staged
 from ...ops.incremental_prefill import Options, attend
 from ...pruning.keys import Keys
-from .fused import half, linear
+from .fused import linear
 from .fused_layer import through
 from .prune_forward import Pass
+from .prune_fresh import FEW, ROOM, Fresh, Halves
 from .prune_hooks import PASS, before_layer, frozen
 from .prune_models import OP
-
-# tokens that fit behind the keys before they are moved again; then as many as were generated
-ROOM = 128
 
 
 class Decode:
@@ -37,16 +35,15 @@ class Decode:
     lengths[layer, b, 0], what is behind them its target segment; both lie in one buffer [B, HK, room, D].
     """
 
-    def __init__(self, text: Any, cache: Any, known: list[Keys], backend: str, room: int) -> None:
-        """known: the keys of each layer, as `Fuse` has approved them."""
+    def __init__(
+        self, text: Any, cache: Any, known: list[Keys], backend: str, room: int, made: dict[int, Any]
+    ) -> None:
+        """known: the keys of each layer, as `Fuse` has approved them. made: layers whose keys have room already."""
         first = cache.layers[0].keys
         self.device, self.dtype, self.backend = first.device, first.dtype, backend
         self.left = self.room = room
         self.begun = False
-        sections = getattr(text.rotary_emb, "mrope_section", None) or text.config.rope_parameters.get("mrope_section")
-        self._sections: list[int] = list(sections or ())
-        self._given: Any = None
-        self._cos = self._sin = first
+        self._halves = Halves(text, first.dtype)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._lengths = _lengths(cache, known)
@@ -54,13 +51,13 @@ class Decode:
         self._staged, self._buffers, self._options = [], [], []
         for layer, (own, keys) in enumerate(zip(cache.layers, known, strict=True)):
             B, HK, S, D = own.keys.shape
-            buffers = allocate((2, B, HK, S + room, D), self.dtype, self.device).unbind(0)
+            k, v, buffers = made.get(layer, (None, None, ()))
+            if own.keys is not k or own.values is not v or buffers[0].shape[2] != S + room:
+                buffers = allocate((2, B, HK, S + room, D), self.dtype, self.device).unbind(0)
+                for buffer, held in zip(buffers, (own.keys, own.values), strict=True):
+                    buffer[:, :, :S].copy_(held)
             begin = _prompt(keys, S)
-            segments = []
-            for buffer, held in zip(buffers, (own.keys, own.values), strict=True):
-                buffer[:, :, :S].copy_(held)
-                segments.append((buffer[:, :, :begin], buffer[:, :, begin:]))
-            (source_k, target_k), (source_v, target_v) = segments
+            (source_k, target_k), (source_v, target_v) = ((b[:, :, :begin], b[:, :, begin:]) for b in buffers)
             length, rings = self._lengths[layer], (None, None)
             self._staged.append(
                 Staged(source_k, source_v, target_k, target_v, length, status, None, TARGET, False, 0, rings, None)
@@ -91,29 +88,20 @@ class Decode:
 
     def attend(self, module: Any, cache: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The attention of one layer for x [B, 1, C], before its output projection: [B, 1, H * D]."""
-        if angles is not self._given:
-            self._given = angles
-            self._cos, self._sin = (half(self._joined(table), self.dtype) for table in angles)
+        cos, sin = self._halves.of(angles)
         layer, B, D = module.layer_idx, x.shape[0], module.head_dim
         # one row: the heads of [B, 1, H * D] are [B, H, 1, D] as they are
         parts = module._modules
         q, k, v = (linear(parts[name], x).view(B, -1, 1, D) for name in ("q_proj", "k_proj", "v_proj"))
-        o, _ = attend(q, k, v, self._cos, self._sin, None, self._staged[layer], self._options[layer])
+        o, _ = attend(q, k, v, cos, sin, None, self._staged[layer], self._options[layer])
         self._grow(cache.layers[layer], layer, self._keys[layer].shape[2] + 1)
         return o.view(B, 1, -1)
-
-    def _joined(self, table: Tensor) -> Tensor:
-        """cos or sin [1 or B, 1, D]; M-RoPE's [3, 1 or B, 1, D] before transformers 5.17, put together."""
-        if table.dim() == 3:
-            return table
-        parts = table.split(self._sections * 2, dim=-1)
-        return torch.cat([part[n % 3] for n, part in enumerate(parts)], dim=-1)
 
     def commit(self) -> None:
         """After the last layer: the token belongs to all of them."""
         self._lengths[:, :, TARGET].add_(1)
         self.left -= 1
-        self.begun, self._given = False, None
+        self.begun = False
 
 
 def attention(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,14 +116,18 @@ def attention(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """One decoder layer of a pruned model: `before_layer`, and a generated token goes `through`."""
-    changed = before_layer(self._modules["self_attn"].layer_idx, args, kwargs)
+    """One decoder layer of a pruned model: `before_layer`, and a generated token or few rows go `through`."""
+    index = self._modules["self_attn"].layer_idx
+    changed = before_layer(index, args, kwargs)
     if changed is not None:
         args, kwargs = changed
     step: Pass | None = kwargs.get(PASS)
-    if step is not None and step.decode is not None and len(args) == 1:
-        decode, cache, angles = step.decode, step.cache, kwargs["position_embeddings"]
-        out = through(self, args[0], lambda own, x: decode.attend(own, cache, x, angles), attention)
+    if step is not None and len(args) == 1:
+        angles, out = kwargs["position_embeddings"], None
+        if step.decode is not None:
+            out = through(self, args[0], lambda own, x: step.decode.attend(own, step.cache, x, angles), attention)
+        elif step.fresh is not None and step.fresh.takes(step, index, args[0].shape[1]):
+            out = through(self, args[0], lambda own, x: step.fresh.attend(step, own, x, angles), attention)
         if out is not None:
             return out
     return type(self).forward(self, *args, **kwargs)
@@ -161,9 +153,32 @@ class Fuse:
                 ledger.decode = None
                 return None, f"as in transformers: {reason}"
             room = ROOM if decode is None or decode.left else 2 * decode.room
-            decode = ledger.decode = Decode(self._text, cache, known, backend, room)
+            decode = ledger.decode = Decode(self._text, cache, known, backend, room, ledger.made)
+            ledger.made = {}
             decode.begin(cache)
         return decode, f"fused ({decode.backend})"
+
+    def prompt(self, step: Pass, cache: Any) -> Fresh | None:
+        """For the layers of few rows of a prompt on an empty cache; None where transformers computes them all."""
+        text = self._text
+        if step.stages is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            return None
+        kinds: set[Any] = {type(layer) for layer in cache.layers}
+        if (kinds or {getattr(cache, "layer_class_to_replicate", None)}) != {DynamicLayer}:
+            return None
+        if torch.is_autocast_enabled(text.device.type):
+            return None
+        own, config = text.layers[0].self_attn, text.config
+        sizes = {"B": step.B, "H": config.num_attention_heads, "HK": config.num_key_value_heads, "T": FEW}
+        call = Call("incremental_prefill", text.device, text.dtype, sizes | {"D": own.head_dim})
+        try:
+            # its launch is the shorter one, also where Triton's kernel is the faster one
+            backend = choose(call, "cuda")
+        except NotImplementedError:
+            backend = choose(call, "auto")
+        return None if backend == "reference" and not self._always else Fresh(text, cache, backend)
 
     def _look(self, cache: Any, known: list[Keys]) -> tuple[str | None, str]:
         """Why not, if so, and which backend."""

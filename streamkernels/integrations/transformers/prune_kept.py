@@ -14,7 +14,8 @@ from ...ops.prepare import prepare
 from ...pruning.keys import SLOTS, Block, Keys, bounds_of
 from ...pruning.layout import VisionLayout
 from ...pruning.stages import Rows, Stages
-from .prune_forward import Pass, Table, ledger_of
+from .prune_forward import Pass, Table
+from .prune_ledger import ledger_of
 from .prune_models import OP
 
 
