@@ -33,20 +33,21 @@ def always(monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """How often buffers were filled and a layer was one op."""
+    """How often buffers were filled and a layer was one op, of tokens and of prompts."""
     counts = Counter()
 
-    def counted(name):
-        honest = getattr(prune_decode.Decode, name)
+    def counted(kind, method, name):
+        honest = getattr(kind, method)
 
         def call(self, *args):
             counts[name] += 1
             return honest(self, *args)
 
-        monkeypatch.setattr(prune_decode.Decode, name, call)
+        monkeypatch.setattr(kind, method, call)
 
-    counted("attend")
-    counted("__init__")
+    counted(prune_decode.Decode, "attend", "token")
+    counted(prune_decode.Decode, "__init__", "buffers")
+    counted(prune_fresh.Fresh, "attend", "prompt")
     return counts
 
 
@@ -56,40 +57,67 @@ BATCHES = [*((name, ONE) for name in MAKERS), ("llava", MIXED), ("qwen2_5_vl", M
 @pytest.mark.parametrize(("name", "samples"), BATCHES)
 def test_logits_are_those_of_the_never_dropping_model(name, samples, made):
     prompts.check(model_of(name), prompt_of(name, samples), CONFIG)
-    assert made == {"attend": 3 * LAYERS, "__init__": 1}
+    assert made == {"token": 3 * LAYERS, "buffers": 1, "prompt": 2 * LAYERS}
 
 
 def test_a_schedule_and_video_frames(made):
     prompts.check(model_of("qwen2_vl"), prompt_of("qwen2_vl", [[2, "video", 3, "image", 4]]), PLAIN)
-    assert made == {"attend": 3 * LAYERS, "__init__": 1}
+    assert made == {"token": 3 * LAYERS, "buffers": 1, "prompt": 2 * LAYERS}
+
+
+@pytest.mark.parametrize("preset", prompts.PRESETS)
+def test_layers_behind_a_shallow_stage(preset, made):
+    prompts.check(model_of("llava", 10), prompt_of("llava", MIXED), prompts.PRESETS[preset])
+    # 6 shallow ones; paper hides the keys of its shallow stage from tokens
+    assert made["prompt"] == 2 * (10 - len(prompts.PRESETS[preset].shallow))
+    assert made["token"] == (0 if preset == "paper" else 30)
+
+
+@pytest.mark.parametrize("few, layers", [(0, 0), (11, 2), (12, 4), (16, 4), (17, 6)])
+def test_only_layers_of_few_rows(monkeypatch, made, few, layers):
+    """17 rows in 2 layers, then 12, then 10."""
+    monkeypatch.setattr(prune_fresh, "FEW", few)
+    prompts.check(model_of("llava"), prompt_of("llava", ONE), PLAIN)
+    assert made == {key: n for key, n in {"token": 18, "buffers": 1, "prompt": 2 * layers}.items() if n}
+
+
+def test_tokens_go_on_in_the_prompt_s_buffers(monkeypatch):
+    monkeypatch.setattr(prune_fresh, "FEW", 12)
+    model = model_of("llava")
+    with prune_vision(model, PLAIN, decode="fused"):
+        cache = filled(model)
+        before = [layer.keys.data_ptr() for layer in cache.layers]
+        steps(model, cache, 1)
+        after = [layer.keys.data_ptr() for layer in cache.layers]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 2 + [True] * 4
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_renumbered_positions(name, made):
     config = VisionPruning.fixed({1: 4, 3: 0.1}, positions="renumbered")
     prompts.check(model_of(name), prompt_of(name, MIXED), config)
-    assert made["attend"] == 3 * LAYERS
+    assert made["token"] == 3 * LAYERS
 
 
 def test_beams_move_the_keys_to_new_buffers(made):
     prompts.test_beams()
-    assert made["attend"] == 4 * LAYERS and made["__init__"] > 1
+    assert made["token"] == 4 * LAYERS and made["buffers"] > 1
 
 
 def test_prompt_lookup_crops_what_was_guessed_wrong(monkeypatch, made):
     prompts.test_prompt_lookup_equals_greedy(monkeypatch)
-    assert made["attend"] > 0
+    assert made["token"] > 0
 
 
 @pytest.mark.parametrize("kind", ["fast", "fixed", "renumbered"])
 def test_a_second_prompt_behind_generated_tokens(kind, made):
     prompts.test_second_prompt_with_a_new_image(kind, False, [[3, "image", 5]])
-    assert made == {"attend": 4 * LAYERS, "__init__": 2}
+    assert made == {"token": 4 * LAYERS, "buffers": 2, "prompt": LAYERS}
 
 
 def test_two_ragged_prompts_go_the_way_of_transformers(made):
     prompts.test_second_prompt_with_a_new_image("fast", False, [[3, "image", 5], [9], [1, "image", 2, "image", 2]])
-    assert made == {"attend": 2 * LAYERS, "__init__": 1}
+    assert made == {"token": 2 * LAYERS, "buffers": 1, "prompt": LAYERS}
 
 
 def steps(model, cache, n, first=40, position=17):
@@ -126,7 +154,7 @@ def test_room_runs_out_and_is_made(monkeypatch, made):
         close(steps(model, cache, 9), want)
         assert [layer.keys.shape[2] for layer in cache.layers] == [n + 9 for n in before]
     # 2 tokens, then 4, then 8
-    assert made == {"attend": 9 * LAYERS, "__init__": 3}
+    assert made == {"token": 9 * LAYERS, "buffers": 3, "prompt": LAYERS}
 
 
 def test_the_cache_stays_a_cache():
@@ -216,7 +244,7 @@ def test_what_others_put_on_modules_is_called(made):
             close(steps(model, cache, 2), want)
             hook.remove()
         assert seen[name] == 2 and seen["adapter"] - before["adapter"] == 2
-    assert made["attend"] == 12 * LAYERS
+    assert made["token"] == 12 * LAYERS
 
 
 def reason(model, config, cache=None, decode="fused", context=torch.no_grad, **more):
