@@ -46,11 +46,11 @@ class Verdict:
 
 
 LAUNCHES = "; the host's launches take that time, in a CUDA graph pruning may pay"
-# by the name that torch.cuda.get_device_name gives. H200: LLaVA-1.5-7B's shape, torch 2.11; captured prefills of 624
-# and 2928 rows for the line, what is left of a captured pruned one for the small layers, eager tokens and prefills for
-# the host, a virtual machine
+# by the name that torch.cuda.get_device_name gives. H200: LLaVA-1.5-7B's shape, torch 2.11, as `prune_vision` leaves
+# it; captured prefills of 624 and 64 rows; the host, a virtual machine: generated tokens, whose layers make the
+# launches of those with few rows, and what 16 probes added to a prefill of 576 vision tokens
 COSTS: Mapping[str, Cost] = {
-    "NVIDIA H200": Cost("NVIDIA H200", 202_375_168, 220.0, 0.95, 530.0, "cc7c74b", launch=580.0),
+    "NVIDIA H200": Cost("NVIDIA H200", 202_375_168, 205.0, 0.87, 510.0, "18304d2", launch=305.0),
 }
 
 

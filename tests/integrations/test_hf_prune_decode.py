@@ -17,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 from streamkernels import VisionPruning, prune_vision
 from streamkernels.integrations.transformers import fused, prune_decode, prune_fresh
 
+from . import prune_models
 from . import test_hf_prune as prompts
 from .prune_models import LAYERS, MAKERS, make_vlm, prompt_of, text_of
 from .test_hf_prune import FAST, MIXED, ONE, model_of
@@ -309,10 +310,11 @@ def test_forwards_are_given_and_taken_back():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels need a GPU")
 @pytest.mark.parametrize("samples", [ONE, MIXED], ids=["one", "batch"])
-@pytest.mark.parametrize("name", MAKERS)
-def test_kernels_are_as_good_as_transformers(name, samples):
+@pytest.mark.parametrize(("name", "D"), [*((name, 8) for name in MAKERS), ("llava", 64)])
+def test_kernels_are_as_good_as_transformers(name, D, samples, monkeypatch, made):
     """bf16 on a GPU, 12 tokens: at most twice the error of what transformers computes, against fp32 there."""
     errors, logits = {}, {}
+    monkeypatch.setitem(prune_models.TEXT, "hidden_size", 4 * D)
     full = make_vlm(name, sharpen=1.6).cuda()
     half = copy.deepcopy(full).bfloat16()
     prompt = prompt_of(name, samples)
@@ -326,12 +328,13 @@ def test_kernels_are_as_good_as_transformers(name, samples):
         with prune_vision(model, config, decode=decode) as handle:
             # the same tokens for all: those of the first one
             forced = (lambda b, so_far, ids=ids[0]: [int(ids[b, so_far.shape[0]])]) if ids else None
-            made = model.generate(**given, **options, prefix_allowed_tokens_fn=forced)
+            out = model.generate(**given, **options, prefix_allowed_tokens_fn=forced)
             assert handle.report().decode.startswith("fused (" if decode == "auto" else "as in transformers")
-        ids.append(made.sequences)
-        logits[label] = torch.stack(made.logits, 1).float()
+        ids.append(out.sequences)
+        logits[label] = torch.stack(out.logits, 1).float()
     for label in ("hf", "fused"):
         errors[label] = (logits[label] - logits["exact"]).abs()
+    assert made == {"token": 11 * LAYERS, "buffers": 1, "prompt": LAYERS}
     assert errors["fused"].max() <= 2 * errors["hf"].max() and errors["fused"].mean() <= 1.5 * errors["hf"].mean()
 
 
