@@ -102,7 +102,7 @@ class Read:
             self._number = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
             self._number.copy_(number, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(number.device))
 
     def __call__(self) -> float:
         """The number; waits for it."""

@@ -121,6 +121,24 @@ def test_two_ragged_prompts_go_the_way_of_transformers(made):
     assert made == {"token": 2 * LAYERS, "buffers": 1, "prompt": LAYERS}
 
 
+@pytest.mark.parametrize("change", ["reorder", "other keys"])
+def test_a_cache_that_changes_before_its_first_token(change):
+    model, found = model_of("llava"), []
+    prompt = prompt_of("llava", [[3, "image", 5], [2, "image", 6]])
+    for decode in ("hf", "fused"):
+        cache = DynamicCache()
+        with prune_vision(model, PLAIN, decode=decode), torch.no_grad():
+            model(**prompt.inputs, past_key_values=cache)
+            if change == "reorder":
+                cache.reorder_cache(torch.tensor([1, 0]))
+            else:
+                for layer in cache.layers:
+                    layer.keys, layer.values = 2 * layer.keys, -layer.values
+            place = torch.full((2, 1), 17)
+            found.append(model(input_ids=torch.tensor([[5], [6]]), position_ids=place, past_key_values=cache).logits)
+    close(*found)
+
+
 def steps(model, cache, n, first=40, position=17):
     """Logits [n, vocab] of n tokens on a cache."""
     out = []

@@ -124,7 +124,7 @@ def known_as(kind: type, hashes: tuple[str, ...]) -> bool:
 def norm(self: Any, hidden_states: Tensor) -> Tensor:
     """An RMS norm as one operation, with one rounding less; as the class has it for autograd and torch.compile, which
     has its own way, for weights of another dtype and for fp64, which transformers rounds to fp32 here."""
-    weight, dtype = self._parameters["weight"], hidden_states.dtype
+    weight, dtype = self.weight, hidden_states.dtype
     differs = dtype != weight.dtype or dtype == torch.float64
     if differs or torch.is_grad_enabled() or torch.compiler.is_compiling():
         out: Tensor = type(self).forward(self, hidden_states)

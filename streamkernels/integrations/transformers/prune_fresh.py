@@ -60,10 +60,7 @@ class Fresh:
 
     def takes(self, step: Pass, layer: int, rows: int) -> bool:
         """Whether a layer of so many rows is one that this can compute."""
-        layers = self._cache.layers
-        if rows > FEW or not step.is_plain_prompt(layer) or layer > len(layers):
-            return False
-        return layer == len(layers) or not layers[layer].is_initialized
+        return rows <= FEW and step.is_plain_prompt(layer) and layer <= len(self._cache.layers)
 
     def attend(self, step: Pass, module: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The attention of one layer for x [B, T, C], before its output projection: [B, T, H * D]; scores and selects
