@@ -18,9 +18,10 @@ host, 23.6 ms a token of 32 layers, pruned or not, so that 31 tokens are most of
 one of 2880 vision tokens more than 1.15 times faster. A token of a pruned model makes 14: a norm is one instead of
 eight, and rotation, the cache's concatenations and attention are one instead of thirteen: predicted 0.35 ms a layer,
 11 to 12.5 ms a token, and a request of 576 vision tokens in 420 ms instead of 755, of 2880 in 450 instead of 834, the
-latter with 60 ms of prefill. "nothing dropped" is the same code with a schedule that keeps all: what that is without
-pruning. The paper's code makes as many launches as transformers, stores fp32 scores, 1.1 GB a layer at 2928 rows, and
-reads the device twice a layer.
+latter with 60 ms of prefill. So do the layers of a prompt that are left with few rows: a prefill of 576 in 27 ms with
+dynamic selection and 18 by schedule, where they took 31 and 23 with transformers' launches. "nothing dropped" is the
+same code with a schedule that keeps all: what that is without pruning. The paper's code makes as many launches as
+transformers, stores fp32 scores, 1.1 GB a layer at 2928 rows, and reads the device twice a layer.
 """
 
 from __future__ import annotations
