@@ -188,26 +188,47 @@ __device__ __forceinline__ void mask_old(float (&s)[S::kWarpKeys / 8][4], const 
   }
 }
 
-// The same for rows [first, + kWarpKeys) of the call itself; `t`: the thread's two rows.
+// The same for rows [first, + kWarpKeys) of the call itself, where every row sees those before it; `t`: the thread's
+// two rows.
 template <class S>
-__device__ __forceinline__ void mask_fresh(float (&s)[S::kWarpKeys / 8][4], const Rows2& rows, const int (&t)[2],
-                                           const View (&views)[2], int T, int first) {
+__device__ __forceinline__ void mask_causal(float (&s)[S::kWarpKeys / 8][4], const int (&t)[2], int first) {
   const int column = first + threadIdx.x % 4 * 2;
-  const int4 sights[2] = {rows.sights[t[0]], rows.sights[t[1]]};
 #pragma unroll
   for (int n = 0; n < S::kWarpKeys / 8; ++n) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int key = column + 8 * n + c;
-      const int code = key < T ? rows.code[key] : kNoKey;
-      const int index = index_of(code);
-      const bool target = segment_of(code) == kTarget;
-      const int sinks = target ? views[1].sinks : views[0].sinks;
+    for (int j = 0; j < 4; ++j) {
+      if (column + 8 * n + j % 2 > t[j / 2]) s[n][j] = -INFINITY;
+    }
+  }
+}
+
+// The same for any rows of the call.
+template <class S>
+__device__ __forceinline__ void mask_fresh(float (&s)[S::kWarpKeys / 8][4], const Rows2& rows, const int (&t)[2],
+                                           const View (&views)[2], int T, int first) {
+  const int4 sights[2] = {rows.sights[t[0]], rows.sights[t[1]]};
+  // a loop and a bit for each key: unrolled, it would be a tenth of the kernel
+  static_assert(S::kWarpKeys <= 128, "two bits for every eight keys");
+  uint32_t hidden[2] = {0, 0};
+  int key = first + threadIdx.x % 4 * 2;
+#pragma unroll 1
+  for (int bit = 0; bit < S::kWarpKeys / 4; ++bit) {
+    const int code = key < T ? rows.code[key] : kNoKey;
+    const int index = index_of(code);
+    const bool target = segment_of(code) == kTarget;
+    const int sinks = target ? views[1].sinks : views[0].sinks;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Sight sight = target ? Sight{sights[i].z, sights[i].w} : Sight{sights[i].x, sights[i].y};
-        if (code == kNoKey || !sees(sight, sinks, index)) s[n][2 * i + c] = -INFINITY;
-      }
+    for (int i = 0; i < 2; ++i) {
+      const Sight sight = target ? Sight{sights[i].z, sights[i].w} : Sight{sights[i].x, sights[i].y};
+      if (code == kNoKey || !sees(sight, sinks, index)) hidden[i] |= 1u << bit;
+    }
+    key += bit % 2 == 0 ? 1 : 7;
+  }
+#pragma unroll
+  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (hidden[j / 2] >> (2 * n + j % 2) & 1) s[n][j] = -INFINITY;
     }
   }
 }

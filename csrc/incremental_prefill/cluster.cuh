@@ -11,13 +11,14 @@ namespace sk::incremental_prefill {
 #define SK_CLUSTERS 0
 #endif
 
-__device__ __forceinline__ int cluster_size() {
+// log2 of the blocks of a cluster. Asked again rather than kept in a register during the products.
+__device__ __forceinline__ int cluster_log() {
 #if SK_CLUSTERS
   uint32_t n;
-  asm("mov.u32 %0, %%cluster_nctaid.x;\n" : "=r"(n));
-  return static_cast<int>(n);
+  asm volatile("mov.u32 %0, %%cluster_nctaid.x;\n" : "=r"(n));
+  return 31 - __clz(n);
 #else
-  return 1;
+  return 0;
 #endif
 }
 

@@ -9,6 +9,10 @@
 
 namespace sk::incremental_prefill {
 
+// How long the L2 should keep keys, as `createpolicy.fractional` encodes it: like anything else; or, where nobody else
+// reads them in this call, not at the cost of the kernel's own instructions, of which every miss is waited for.
+constexpr uint64_t kKeep = 0x1000000000000000, kStream = 0x12F0000000000000;
+
 // How one launch is set up; what depends on lengths is planned on the device.
 struct Plan {
   int stages;            // key tiles in shared memory
@@ -16,6 +20,9 @@ struct Plan {
   int R, tiles_m;        // H / HK; tiles of the T * R rows of a key head
   uint32_t by_R;         // 2^32 / R, rounded up: n / R is the high word of the product
   int workers_each;      // whole workers for each item
+  int begin;             // steps that beginning an item counts for, where sessions differ
+  uint64_t keep;         // how long the L2 should keep keys
+  bool plain;            // one session whose rows all see every key before them
   bool wide_q, wide_kv;  // rows and angles can be read 16 bytes at a time
   float scale;           // of scores, times log2(e); 1 after a softcap
   float inner, outer;    // softcap: score -> outer * tanh(inner * score); inner 0: none

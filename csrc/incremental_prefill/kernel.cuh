@@ -11,7 +11,7 @@
 #include "incremental_prefill/attend.cuh"
 #include "incremental_prefill/fresh.cuh"
 #include "incremental_prefill/instance.h"
-#include "incremental_prefill/merge.cuh"
+#include "incremental_prefill/join.cuh"
 #include "incremental_prefill/walk.cuh"
 #include "streamkernels/overlap.cuh"
 
@@ -35,7 +35,8 @@ struct Header {
 // The item's share of this block: its new tiles, then its old tiles.
 template <class S>
 __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const Rows2& rows, const Session& session,
-                                       const Job& job, Item* items, State<S>& state, char* query_tile, char* stages) {
+                                       const Job& job, Item* items, Intake<S>& intake, State<S>& state,
+                                       char* query_tile, char* stages) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_m = warp % S::kWarpsM, first = warp / S::kWarpsM * S::kWarpKeys;
   const int depth = plan.stages;
@@ -46,21 +47,30 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
   Run* runs = item.runs;
   const Hull& hull = item.hull;
   {
-    const Hull found =
-        hull_of(rows, divide_by_R(plan, job.at.first_row), divide_by_R(plan, job.at.first_row + job.valid - 1));
+    const Hull found = plan.plain ? hull_of_all(session)
+                                  : hull_of(rows, divide_by_R(plan, job.at.first_row),
+                                            divide_by_R(plan, job.at.first_row + job.valid - 1));
     if (lane == 4) item.hull = found;
     if (lane < 4) runs[lane] = run_of<S>(p, session, found, job.old, lane);
     __syncwarp();
   }
+  // new rows go into the last stage, which is not loaded at first
+  const auto last = [&] { return stages + (depth - 1) * S::kStage; };
+  const bool taken = Intake<S>::kHoldsNew && intake.fresh > 0;
+  if constexpr (S::kEager) intake.put_queries(p, plan, job.valid, query_tile, 0);
+  if constexpr (!S::kEager || Intake<S>::kRounds > 1) {
+#pragma unroll 1
+    for (int round = S::kEager; round < Intake<S>::kRounds; ++round) {
+      intake.fetch_queries(p, plan, job.at, job.valid, round);
+      intake.put_queries(p, plan, job.valid, query_tile, round);
+    }
+  }
+  intake.put_new(p, rows, job.at, job.at.first_row == 0, last());
+  if (!plan.wide_q) load_queries_slowly<S>(p, plan, job.at, job.valid, query_tile);
   int to_load = runs[0].tiles + runs[1].tiles + runs[2].tiles + runs[3].tiles, to_do = to_load;
   Loader<S> loader(runs);
   Cursor cursor{runs};
   int segment = 0, free_low = 0, free_high = 0;
-  int t[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    t[i] = least(divide_by_R(plan, job.at.first_row + warp_m * 16 + lane / 4 + 8 * i), p.T - 1);
-  }
   Fragments<S> fragments(shared_address(query_tile), warp_m * 16, first);
   int stage = 0, next = 0;  // of the tile that is attended to, of the one that is loaded
   int ahead = depth - 1;    // loads to start before anything else
@@ -82,7 +92,7 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
         tile_barrier<S>();
         if (to_load > 0) {
           --to_load;
-          loader.issue_plain(ring + next * S::kStage);
+          loader.issue_plain(ring + next * S::kStage, plan.keep);
           next = next + 1 == depth ? 0 : next + 1;
         }
         close_group();
@@ -100,19 +110,14 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
     const bool begins = ahead == 0 && !ready;
     int key = fresh.begin * S::kKeys;
     uint32_t keys = ring + (depth - 1) * S::kStage;
-    if (begins) {
-      // queries and new rows are read while the first tiles are under way
-      load_queries<S>(p, plan, job.at, job.valid, query_tile);
-      state.clear();
-    }
-    if (is_fresh) {
-      // into the last stage, which is not loaded yet
+    if (is_fresh && !taken) {
       if (!begins) __syncthreads();
-      load_fresh<S>(p, plan, rows, job.at.b, job.at.hk, key, job.at.first_row == 0, stages + (depth - 1) * S::kStage);
+      load_fresh<S>(p, plan, rows, job.at.b, job.at.hk, key, job.at.first_row == 0, last());
     }
     if (begins || is_fresh) block_barrier<S>();
     if (begins) {
       fragments.read_queries();
+      state.clear();
       ready = true;
     }
     if (is_fresh) {
@@ -126,7 +131,7 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
       }
       if (to_load > 0) {
         --to_load;
-        loader.issue(p, session, hull, job.at.b, job.at.hk, ring + next * S::kStage);
+        loader.issue(p, session, hull, job.at.b, job.at.hk, ring + next * S::kStage, plan.keep);
         next = next + 1 == depth ? 0 : next + 1;
       }
       close_group();
@@ -150,115 +155,35 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
     uint32_t weights[S::kWarpKeys / 16][4];
     make_scores<S>(s, fragments, keys);
     if (plan.inner != 0.f) cap_scores<S>(s, plan.inner, plan.outer);
-    if (is_fresh) {
-      mask_fresh<S>(s, rows, t, session.views, p.T, key + first);
-    } else if (key < free_low || key + S::kKeys > free_high) {
-      const View& view = session.views[segment];
-      Sight sights[2];
+    if (is_fresh || key < free_low || key + S::kKeys > free_high) {
+      // the thread's two rows
+      int t[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int4 seen = rows.sights[t[i]];
-        sights[i] = segment ? Sight{seen.z, least(seen.w, view.held)} : Sight{seen.x, least(seen.y, view.held)};
+        t[i] = least(divide_by_R(plan, job.at.first_row + warp_m * 16 + lane / 4 + 8 * i), p.T - 1);
       }
-      mask_old<S>(s, sights, view.sinks, key + first);
+      if (is_fresh) {
+        const View& own = session.views[p.segment == kTarget];
+        if (S::kEager && S::D <= 128 && plan.plain && own.held == own.length && own.end == own.total) {
+          mask_causal<S>(s, t, key + first);
+        } else {
+          mask_fresh<S>(s, rows, t, session.views, p.T, key + first);
+        }
+      } else {
+        const View& view = session.views[segment];
+        Sight sights[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int4 seen = rows.sights[t[i]];
+          sights[i] = segment ? Sight{seen.z, least(seen.w, view.held)} : Sight{seen.x, least(seen.y, view.held)};
+        }
+        mask_old<S>(s, sights, view.sinks, key + first);
+      }
     }
     update<S>(state, s, plan.scale, weights);
     add_values<S>(state, fragments, weights, keys + S::kMatrix);
   }
   wait_groups<0>();
-}
-
-// The state of all warps into shared memory: o [kWarpsS][kRows][kOutRow] and (m, l) [kWarpsS][kRows].
-template <class S>
-__device__ __forceinline__ void park(State<S>& state, int valid, float* out, float2* statistics) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group = warp / S::kWarpsM, row = warp % S::kWarpsM * 16 + lane / 4;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    state.l[i] += __shfl_xor_sync(~0u, state.l[i], 1);
-    state.l[i] += __shfl_xor_sync(~0u, state.l[i], 2);
-    if (lane % 4 == 0) statistics[group * S::kRows + row + 8 * i] = make_float2(state.m[i], state.l[i]);
-    if (row + 8 * i >= valid) continue;
-    float* to = out + (group * S::kRows + row + 8 * i) * S::kOutRow + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < S::D / 8; ++n) {
-      *reinterpret_cast<float2*>(to + 8 * n) = make_float2(state.o[n][2 * i], state.o[n][2 * i + 1]);
-    }
-  }
-}
-
-// Joins warps, blocks and workers; whoever is last writes o and lse.
-template <class S>
-__device__ __forceinline__ void merge(const Params& p, const Plan& plan, const Rows2& rows, const Job& job, bool idle,
-                                      float* out, float2* statistics, int* flag) {
-  const int C = cluster_size(), rank = blockIdx.x % C, worker = blockIdx.x / C;
-  const Target& at = job.at;
-  const int valid = job.valid;
-  const int first_worker = divide(job.begin, job.share);
-  const int workers = divide(job.begin + job.steps - 1, job.share) - first_worker + 1;
-  constexpr int kFours = S::D / 4;
-  float2* joined = statistics + S::kWarpsS * S::kRows;
-  const auto warps = [&](int row, int column) {
-    Part part = nothing();
-    join<S::kWarpsS, true>(
-        part, S::kWarpsS, [&](int i) { return statistics[i * S::kRows + row]; },
-        [&](int i) { return *reinterpret_cast<float4*>(out + (i * S::kRows + row) * S::kOutRow + column); });
-    return part;
-  };
-  Range mine{0, valid * kFours};
-  if (C > 1) {
-    if (idle) {
-      for (int row = threadIdx.x; row < valid; row += S::kThreads) joined[row] = make_float2(-INFINITY, 0.f);
-    } else {
-      for (int i = threadIdx.x; i < valid * kFours; i += S::kThreads) {
-        const int row = i / kFours, column = i % kFours * 4;
-        const Part part = warps(row, column);
-        *reinterpret_cast<float4*>(out + row * S::kOutRow + column) = part.o;
-        if (column == 0) joined[row] = make_float2(part.m, part.l);
-      }
-    }
-    mine = part_of(mine, rank, C);
-    cluster_barrier();
-  }
-  const uint32_t out_address = shared_address(out), joined_address = shared_address(joined);
-  const bool alone = workers == 1;
-  const Partial<S> partial(p.partials, worker, worker * job.share >= job.begin);
-  for (int i = mine.begin + static_cast<int>(threadIdx.x); i < mine.end; i += S::kThreads) {
-    const int row = i / kFours, column = i % kFours * 4;
-    Part part = nothing();
-    if (C == 1) {
-      part = warps(row, column);
-    } else {
-      join<8, false>(
-          part, C, [&](int r) { return load_remote2(remote(joined_address + row * 8, r)); },
-          [&](int r) { return load_remote4(remote(out_address + (row * S::kOutRow + column) * 4, r)); });
-    }
-    if (alone) {
-      finish<S>(p, plan, at, rows, row, column, part);
-    } else {
-      partial.put(row, column, part);
-    }
-  }
-  // others may still read this block's shared memory
-  if (C > 1) cluster_barrier_after_reads();
-  if (alone) return;
-  uint32_t* counter = p.counters + (int64_t{at.b} * p.HK * plan.tiles_m + job.item) * C + rank;
-  if (!arrive_last(counter, workers, flag)) return;
-  for (int i = mine.begin + static_cast<int>(threadIdx.x); i < mine.end; i += S::kThreads) {
-    const int row = i / kFours, column = i % kFours * 4;
-    Part part = nothing();
-#pragma unroll 1
-    for (int w = 0; w < workers; w += 4) {
-      const auto from = [&](int i) {
-        const int other = first_worker + w + i;
-        return Partial<S>(p.partials, other, other * job.share >= job.begin);
-      };
-      join<4, true>(
-          part, workers - w, [&](int i) { return from(i).statistics(row); },
-          [&](int i) { return from(i).values(row, column); });
-    }
-    finish<S>(p, plan, at, rows, row, column, part);
-  }
 }
 
 // The constant cache is cold at first, and a warp waits for each line of the arguments that it needs: here the warps
@@ -274,6 +199,31 @@ __device__ __forceinline__ void touch(const Arguments& arguments, uint32_t* anyw
   }
 }
 
+// The item at step `now` of the list, which its session begins at `before`, and what this block does of it: all that
+// follows from where and whose it is.
+template <class S>
+__device__ __forceinline__ void set_job(const Params& p, const Plan& plan, const Session& session, int before, int now,
+                                        Job& job) {
+  job.item = divide(now - before, job.each);
+  job.begin = before + job.item * job.each;
+  job.steps = plan.begin + steps_of(session, p.T, S::kKeys);
+  job.at.hk = divide(job.item, plan.tiles_m);
+  job.at.first_row = (job.item - job.at.hk * plan.tiles_m) * S::kRows;
+  job.valid = least(S::kRows, p.T * plan.R - job.at.first_row);
+  job.now = job.begin + job.each;
+  const Range whole{most(now - job.begin - plan.begin, 0), least(job.until - job.begin, job.steps) - plan.begin};
+  job.empty = whole.end <= 0;
+  const int log = cluster_log(), rank = blockIdx.x & ((1 << log) - 1);
+  const Range part = part_of(whole, rank, log);
+  const int counted = counted_fresh(p.T, S::kKeys), old = session.old();
+  job.fresh = {least(part.begin, counted), least(part.end, counted)};
+  job.old = {least(most(part.begin - counted, 0), old), least(most(part.end - counted, 0), old)};
+  if (counted > 0 || whole.begin > 0) return;
+  // few new rows ride along with the first block of the first cluster
+  if (rank == 0) job.fresh = {0, ceil_div(p.T, S::kKeys)};
+  if (log > 0) job.old = beside_fresh({0, least(whole.end, old)}, rank, log);
+}
+
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     incremental_prefill_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
@@ -281,7 +231,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   using Layout = Header<S>;
   let_next_launch_begin();
   touch<S>(p, reinterpret_cast<uint32_t*>(memory + Layout::bytes(p.T, p.B)));
-  wait_for_launch_before();
   int* scratch = reinterpret_cast<int*>(memory);
   float2* statistics = reinterpret_cast<float2*>(memory + Layout::kScratch);
   const Rows2 rows{reinterpret_cast<int*>(memory + Layout::code(p.T)),
@@ -290,70 +239,114 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   char* query_tile = memory + Layout::bytes(p.T, p.B);
   char* stages = query_tile + S::kQuery;
 
-  const int C = cluster_size(), worker = blockIdx.x / C, rank = blockIdx.x % C, workers = gridDim.x / C;
   const int items_each = p.HK * plan.tiles_m;
+  const auto workers = [] { return static_cast<int>(gridDim.x >> cluster_log()); };
+  const auto cut = [&](int steps) {
+    return even_shares(items_each, steps, workers(), plan.workers_each, plan.smallest, 1 << cluster_log());
+  };
   Session& session = *reinterpret_cast<Session*>(memory + Layout::kScratch + Layout::kStatistics);
   Item* items = reinterpret_cast<Item*>(reinterpret_cast<char*>(&session) + Layout::kSession);
   static_assert(sizeof(Item) * S::kThreads / 32 == Layout::kItems, "fits");
-  int known = -1, total, share, each = 0;
-  if (p.B == 1) {
-    read_session<S>(p, 0, rows, scratch, session);
-    known = 0;
-    const int steps = steps_of(session, p.T, S::kKeys);
-    const Shares shares = even_shares(items_each, steps, workers, plan.workers_each, plan.smallest, C);
-    each = shares.per_item > 0 ? shares.per_item : steps;
-    total = each * items_each;
-    share = shares.share;
-  } else {
-    plan_sessions<S>(p, items_each, prefix);
-    total = prefix[p.B];
-    share = uneven_share(total, workers, plan.smallest);
-  }
   Job& job = *reinterpret_cast<Job*>(reinterpret_cast<char*>(&session) + 128);
   static_assert(sizeof(Session) <= 128 && sizeof(Job) <= Layout::kSession - 128, "fits");
-  int now = worker * share, until = least(now + share, total);
+  // lengths say how many workers share an item, but, where items are alike and cut evenly, not which item a worker has:
+  // its queries are fetched beside the lengths
+  bool guessing = S::kEager && plan.plain && plan.workers_each > 0;
+  wait_for_launch_before();
+  int worker = blockIdx.x >> cluster_log(), known = -1, share = 1, each = 1, now = 0, until = 1;
+  if (p.B > 1) {
+    plan_sessions<S>(p, items_each, plan.begin, prefix);
+    const int total = prefix[p.B];
+    share = uneven_share(total, workers(), plan.smallest);
+    now = worker * share, until = least(now + share, total);
+  }
 #pragma unroll 1
   while (now < until) {
-    int b = 0, before = 0;
-    if (p.B > 1) {
-      // the last session that begins at or before `now`
-      for (int step = kMaxSessions / 2; step > 0; step /= 2) {
-        if (b + step < p.B && prefix[b + step] <= now) b += step;
+    Intake<S> intake;
+    bool fetched = false;
+    int turn = 0, guess = 0, length[2] = {0, 0};
+#pragma unroll 1
+    while (true) {
+      if (!guessing) {
+        int b = 0, before = 0;
+        if (p.B > 1) {
+          // the last session that begins at or before `now`
+          for (int step = kMaxSessions / 2; step > 0; step /= 2) {
+            if (b + step < p.B && prefix[b + step] <= now) b += step;
+          }
+          before = prefix[b];
+          each = divide(prefix[b + 1] - before, items_each);
+        }
+        if (b != known) {
+          read_session<S>(p, b, rows, scratch, session);
+          known = b;
+          if (p.B == 1) {
+            each = steps_of(session, p.T, S::kKeys);
+            const Shares shares = cut(each);
+            if (shares.per_item > 0) each = shares.per_item;
+            share = shares.share;
+            now = worker * share, until = least(now + share, each * items_each);
+            if (now >= until) return;
+          }
+        }
+        if (threadIdx.x == 0) {
+          job.at.b = b;
+          job.worker = worker, job.share = share, job.until = until, job.each = each;
+          set_job<S>(p, plan, session, before, now, job);
+        }
+        __syncthreads();
+        if (job.empty) return;
+        if (fetched) break;
       }
-      before = prefix[b];
-      each = divide(prefix[b + 1] - before, items_each);
-      if (b != known) read_session<S>(p, b, rows, scratch, session);
-      known = b;
+      Target at{0, 0, 0};
+      bool attends;  // to all new rows at once
+      if (guessing) {
+        turn = divide(worker, items_each), guess = worker - turn * items_each;
+        length[0] = length_at(p, 0, 0), length[1] = length_at(p, 0, 1);
+        at.hk = divide(guess, plan.tiles_m);
+        at.first_row = (guess - at.hk * plan.tiles_m) * S::kRows;
+        attends =
+            worker < items_each && (blockIdx.x & ((1 << cluster_log()) - 1)) == 0 && counted_fresh(p.T, S::kKeys) == 0;
+      } else {
+        at = job.at;
+        attends = job.fresh.begin == 0 && job.fresh.end == 1 && p.T <= S::kKeys;
+      }
+      if constexpr (S::kEager) {
+        intake.fetch_queries(p, plan, at, least(S::kRows, p.T * plan.R - at.first_row), 0);
+      }
+      intake.fetch_new(p, plan, at, attends ? p.T : 0);
+      if (!guessing) break;
+      guessing = false;
+      known = 0;
+      const Session found = read_plain_session<S>(p, length, rows);
+      if (threadIdx.x == 0) session = found;
+      each = steps_of(found, p.T, S::kKeys);
+      const Shares shares = cut(each);
+      share = shares.share;
+      fetched = shares.per_item > 0;
+      if (fetched) {
+        each = shares.per_item;
+        if (turn * share >= each) return;
+        now = guess * each + turn * share, until = now + share;
+        worker = divide(now, share);
+      } else {
+        now = worker * share, until = least(now + share, each * items_each);
+        if (now >= until) return;
+      }
     }
-    if (threadIdx.x == 0) {
-      job.item = divide(now - before, each);
-      job.begin = before + job.item * each;
-      job.steps = steps_of(session, p.T, S::kKeys);
-      job.at.b = b;
-      job.at.hk = divide(job.item, plan.tiles_m);
-      job.at.first_row = (job.item - job.at.hk * plan.tiles_m) * S::kRows;
-      job.valid = least(S::kRows, p.T * plan.R - job.at.first_row);
-      job.share = share, job.until = until, job.each = each;
-      job.now = job.begin + each;
-      const Range part = part_of({now - job.begin, least(until - job.begin, job.steps)}, rank, C);
-      const int counted = counted_fresh(p.T, S::kKeys), old = session.old();
-      job.fresh = {least(part.begin, counted), least(part.end, counted)};
-      if (counted == 0 && part.begin == 0 && part.end > 0) job.fresh = {0, ceil_div(p.T, S::kKeys)};
-      job.old = {least(most(part.begin - counted, 0), old), least(most(part.end - counted, 0), old)};
-    }
-    __syncthreads();
     const bool idle = job.fresh.begin == job.fresh.end && job.old.begin == job.old.end;
     float* out = reinterpret_cast<float*>(query_tile);
     if (!idle) {
       State<S> state;
-      attend<S>(p, plan, rows, session, job, items, state, query_tile, stages);
+      attend<S>(p, plan, rows, session, job, items, intake, state, query_tile, stages);
       __syncthreads();
       park<S>(state, job.valid, out, statistics);
     }
     __syncthreads();
     merge<S>(p, plan, rows, job, idle, out, statistics, scratch);
     // before the barrier: behind it the next job is written
-    now = job.now, until = job.until, share = job.share, each = job.each;
+    now = job.now, until = job.until, share = job.share, each = job.each, worker = job.worker;
+    known = job.at.b;
     __syncthreads();
   }
 }

@@ -131,6 +131,8 @@ found:
 // Bytes of keys, or of partial results, that one block reads in a microsecond; what beginning and ending an item takes
 // it, and handing a part over to other clusters. Measured on an H200.
 constexpr float kBytesPerMicrosecond = 32 << 10, kItemMicroseconds = 6.f, kHandOverMicroseconds = 3.f;
+// Steps of a block that beginning and ending an item takes as long as.
+constexpr int kBeginning = 10;
 // Longer caches are cut as this one is: the clusters that suit them would be slow while they are short.
 constexpr int kPlannedKeys = 32 << 10;
 
@@ -224,6 +226,13 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   plan.by_R = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.R - 1) / plan.R);
   plan.tiles_m = c.items / (p.B * p.HK);
   plan.workers_each = c.workers / c.items;
+  const bool bounded = p.segments[0].window > 0 || p.segments[1].window > 0;
+  const bool looks = p.role != nullptr || p.limit.data != nullptr || p.segments[0].begin.data != nullptr ||
+                     p.segments[1].begin.data != nullptr;
+  plan.plain = p.B == 1 && !bounded && !looks && (p.segment == kSource || p.segment == kTarget);
+  plan.keep = plan.tiles_m == 1 && tuning().keep == 0 ? kStream : kKeep;
+  // a cluster's step is as many times shorter as it has blocks
+  plan.begin = p.B > 1 ? (tuning().begin ? tuning().begin - 1 : kBeginning) * c.cluster : 0;
   const bool angles = wide_angles(p);
   plan.wide_q = angles && aligned(p.q, 2);
   plan.wide_kv = angles && aligned(p.k, 2) && aligned(p.v, 2);

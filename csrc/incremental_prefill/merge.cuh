@@ -20,33 +20,44 @@ struct Part {
   float4 o;
 };
 
-// `statistics(i)` -> (m, l) of source i, `values(i)` -> its o. All reads of up to MOST sources are under way at once.
-// WRITTEN: o is there even for a source that saw nothing; else it is not read.
-template <int MOST, bool WRITTEN, typename Statistics, typename Values>
-__device__ __forceinline__ void join(Part& part, int n, Statistics statistics, Values values) {
+// Up to MOST partial results of the same four columns. All reads are under way before the first one is used.
+template <int MOST>
+struct Sources {
   float2 ml[MOST];
   float4 o[MOST];
+
+  // `statistics(i)` -> (m, l) of source i, `values(i)` -> its o, for the first n of them
+  template <typename Statistics, typename Values>
+  __device__ __forceinline__ void read(int n, Statistics statistics, Values values) {
 #pragma unroll
-  for (int i = 0; i < MOST; ++i) ml[i] = i < n ? statistics(i) : make_float2(-INFINITY, 0.f);
+    for (int i = 0; i < MOST; ++i) ml[i] = i < n ? statistics(i) : make_float2(-INFINITY, 0.f);
 #pragma unroll
-  for (int i = 0; i < MOST; ++i) {
-    o[i] = (WRITTEN ? i < n : ml[i].y != 0.f) ? values(i) : make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int i = 0; i < MOST; ++i) o[i] = i < n ? values(i) : make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  float m = part.m;
+  // o of a source that saw nothing may be anything.
+  __device__ __forceinline__ void drop_unwritten() {
 #pragma unroll
-  for (int i = 0; i < MOST; ++i) m = fmaxf(m, ml[i].x);
-  const float shift = m == -INFINITY ? 0.f : m, before = exp2_fast(part.m - shift);
-  part.m = m;
-  part.l *= before;
-  part.o.x *= before, part.o.y *= before, part.o.z *= before, part.o.w *= before;
-#pragma unroll
-  for (int i = 0; i < MOST; ++i) {
-    const float weight = exp2_fast(ml[i].x - shift);
-    part.l += weight * ml[i].y;
-    part.o.x += weight * o[i].x, part.o.y += weight * o[i].y;
-    part.o.z += weight * o[i].z, part.o.w += weight * o[i].w;
+    for (int i = 0; i < MOST; ++i) {
+      if (ml[i].y == 0.f) o[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
   }
-}
+  __device__ __forceinline__ void fold(Part& part) const {
+    float m = part.m;
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) m = fmaxf(m, ml[i].x);
+    const float shift = m == -INFINITY ? 0.f : m, before = exp2_fast(part.m - shift);
+    part.m = m;
+    part.l *= before;
+    part.o.x *= before, part.o.y *= before, part.o.z *= before, part.o.w *= before;
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      const float weight = exp2_fast(ml[i].x - shift);
+      part.l += weight * ml[i].y;
+      part.o.x += weight * o[i].x, part.o.y += weight * o[i].y;
+      part.o.z += weight * o[i].z, part.o.w += weight * o[i].w;
+    }
+  }
+};
 __device__ __forceinline__ Part nothing() {
   return {-INFINITY, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
 }
@@ -96,6 +107,10 @@ struct Partial {
     return __ldcg(reinterpret_cast<const float4*>(o + row * S::D + column));
   }
 };
+
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from) : "memory");
+}
 
 // Counts the block in, behind what it wrote; true in the last of `n`, which then sees what all wrote. Leaves the
 // counter at zero for the next launch.

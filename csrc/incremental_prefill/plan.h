@@ -11,13 +11,13 @@
 
 namespace sk::incremental_prefill {
 
-SK_HOST_DEVICE int least(int a, int b) {
+SK_HOST_DEVICE constexpr int least(int a, int b) {
   return a < b ? a : b;
 }
-SK_HOST_DEVICE int most(int a, int b) {
+SK_HOST_DEVICE constexpr int most(int a, int b) {
   return a > b ? a : b;
 }
-SK_HOST_DEVICE int ceil_div(int a, int b) {
+SK_HOST_DEVICE constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
@@ -65,6 +65,10 @@ struct View {
 
 SK_HOST_DEVICE View view_of(const Segment& s, int ring_sinks, int length, int rows) {
   View view;
+#if defined(__CUDA_ARCH__)
+  // worked out again for each session, or it would be kept in registers that the products need
+  asm volatile("" : "+r"(ring_sinks));
+#endif
   // garbage stays far from overflow
   view.length = least(most(length, -kMaxRows), INT_MAX - 2 * kMaxRows);
   view.total = view.length + rows;
@@ -73,7 +77,7 @@ SK_HOST_DEVICE View view_of(const Segment& s, int ring_sinks, int length, int ro
   view.end = ring ? most(view.total, 0) : least(most(view.total, 0), s.capacity);
   view.held = least(most(view.length, 0), view.end);
   // a ring holds its sinks and the last `kept` keys
-  view.lowest = ring ? most(0, view.total - most(kept, 0)) : 0;
+  view.lowest = ring ? most(0, least(view.total, view.total - kept)) : 0;
   view.sinks = ring ? most(s.sinks, ring_sinks) : s.sinks;
   if (view.lowest > 0) view.sinks = least(view.sinks, ring_sinks);
   if (ring && kept <= 0) view.end = view.held = least(view.end, s.capacity);
@@ -150,6 +154,23 @@ SK_HOST_DEVICE Session session_of(const Params& p, const Census& c, int source_l
   return s;
 }
 
+// The same for the rows of a session that all see every key before them, which takes a fraction of the arithmetic: all
+// `rows` belong to `segment`, nothing is bounded.
+SK_HOST_DEVICE Session plain_session(const Params& p, int segment, int rows, const int (&length)[2], int keys) {
+  Session s;
+  for (int i = 0; i < 2; ++i) {
+    View& view = s.views[i];
+    view.length = least(most(length[i], -kMaxRows), INT_MAX - 2 * kMaxRows);
+    view.total = view.length + (segment == i ? rows : 0);
+    view.end = least(most(view.total, 0), p.segments[i].capacity);
+    view.held = least(most(view.length, 0), view.end);
+    view.lowest = 0;
+    view.sinks = p.segments[i].sinks;
+    s.tiles[i] = {0, 0, i == kSource || segment == kTarget ? ceil_div(view.held, keys) : 0};
+  }
+  return s;
+}
+
 // A few new rows ride along with the first old tile; many count as tiles of their own.
 SK_HOST_DEVICE int counted_fresh(int T, int keys) {
   return T <= 32 ? 0 : ceil_div(T, keys);
@@ -179,14 +200,24 @@ SK_HOST_DEVICE Shares even_shares(int items, int steps, int workers, int each, i
   return {(divide(steps - 1, share) + 1) * share, share};
 }
 
-// Part `i` of `n` of the range [begin, end).
+// Part `i` of 2^log of the range [begin, end).
 struct Range {
   int begin, end;
 };
-SK_HOST_DEVICE Range part_of(Range whole, int i, int n) {
+SK_HOST_DEVICE Range part_of(Range whole, int i, int log) {
   // at most 8 parts of far fewer than 2^28 steps
-  const uint32_t size = whole.end - whole.begin, at = i, parts = n;
-  return {whole.begin + static_cast<int>(size * at / parts), whole.begin + static_cast<int>(size * (at + 1) / parts)};
+  const uint32_t size = whole.end - whole.begin, at = i;
+  return {whole.begin + static_cast<int>(size * at >> log), whole.begin + static_cast<int>(size * (at + 1) >> log)};
+}
+
+// The same where part 0 has the call's new rows besides, which take it as long as kFresh steps.
+constexpr int kFresh = 2;
+SK_HOST_DEVICE Range beside_fresh(Range whole, int i, int log) {
+  const int size = whole.end - whole.begin, others = (1 << log) - 1;
+  const int first = most(0, size - kFresh * others) >> log, rest = size - first;
+  if (i == 0) return {whole.begin, whole.begin + first};
+  const int begin = whole.begin + first;
+  return {begin + divide(rest * (i - 1), others), begin + divide(rest * i, others)};
 }
 
 }  // namespace sk::incremental_prefill

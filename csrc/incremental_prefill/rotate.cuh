@@ -14,43 +14,69 @@ __device__ __forceinline__ float angle(const void* table, int64_t at, bool fp32)
   return fp32 ? static_cast<const float*>(table)[at] : to_float(static_cast<const Element*>(table)[at]);
 }
 
+// Eight angles as they lie in memory: unpacked when they are used, so that no load waits for another one.
+template <typename Element>
+struct Angles {
+  uint4 bits[2];  // the second one of fp32 alone
+
+  __device__ __forceinline__ void load(const void* table, int64_t at, bool fp32) {
+    const auto* from = reinterpret_cast<const uint4*>(static_cast<const char*>(table) + at * (fp32 ? 4 : 2));
+    bits[0] = __ldg(from);
+    if (fp32) bits[1] = __ldg(from + 1);
+  }
+  __device__ __forceinline__ void unpack(float (&out)[8], bool fp32) const {
+    if (fp32) {
+      memcpy(out, bits, 32);
+    } else {
+      const Chunk<Element, 8> narrow{bits[0]};
+      narrow.unpack(out);
+    }
+  }
+};
+
 // Two chunks of eight columns of a row, on their way from memory, with their angles; pair `c` of D / 16. Halves: the
 // two are turned against each other; interleaved: each in itself. All accesses lie on 16-byte borders.
 template <typename Element>
 struct Pairs {
   Chunk<Element, 8> a, b;
-  float cosine[8], sine[8];
-  int first, second;  // columns
-  bool turned;
+  Angles<Element> cosine, sine;
 
-  __device__ __forceinline__ void load(const Params& p, const Element* row, int b_, int t, int c) {
-    const int half = p.rotary_dim / 2;
-    turned = c * 16 < p.rotary_dim;
-    const bool halves = turned && !p.interleaved;
-    first = halves ? c * 8 : c * 16;
-    second = first + (halves ? half : 8);
-    a.load(row + first);
-    b.load(row + second);
-    if (!turned) return;
-    const int64_t cosine_at = b_ * p.cosine.batch + t * p.cosine.row + c * 8;
-    const int64_t sine_at = b_ * p.sine.batch + t * p.sine.row + c * 8;
-    load_angles<Element, 8>(cosine, p.cosine.data, cosine_at, p.angles_fp32);
-    load_angles<Element, 8>(sine, p.sine.data, sine_at, p.angles_fp32);
+  // Where a pair lies. `turns`: whether the row has angles at all.
+  struct Place {
+    int first, second;  // columns
+    bool turned;
+
+    __device__ __forceinline__ Place(const Params& p, int c, bool turns = true)
+        : turned(turns && c * 16 < p.rotary_dim) {
+      const bool halves = turned && !p.interleaved;
+      first = halves ? c * 8 : c * 16;
+      second = first + (halves ? p.rotary_dim / 2 : 8);
+    }
+  };
+
+  __device__ __forceinline__ void load(const Params& p, const Element* row, int b_, int t, int c, const Place& place) {
+    a.load(row + place.first);
+    b.load(row + place.second);
+    if (!place.turned) return;
+    cosine.load(p.cosine.data, b_ * p.cosine.batch + t * p.cosine.row + c * 8, p.angles_fp32);
+    sine.load(p.sine.data, b_ * p.sine.batch + t * p.sine.row + c * 8, p.angles_fp32);
   }
 
-  __device__ __forceinline__ void turn(bool interleaved) {
-    if (!turned) return;
-    float x[8], y[8];
+  __device__ __forceinline__ void turn(const Params& p, const Place& place) {
+    if (!place.turned) return;
+    float x[8], y[8], c[8], s[8];
     a.unpack(x);
     b.unpack(y);
+    cosine.unpack(c, p.angles_fp32);
+    sine.unpack(s, p.angles_fp32);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (!interleaved) {
-        const Pair pair = rotate_pair(x[i], y[i], cosine[i], sine[i]);
+      if (!p.interleaved) {
+        const Pair pair = rotate_pair(x[i], y[i], c[i], s[i]);
         x[i] = pair.x, y[i] = pair.y;
       } else {
         float (&z)[8] = i < 4 ? x : y;
-        const Pair pair = rotate_pair(z[2 * i % 8], z[2 * i % 8 + 1], cosine[i], sine[i]);
+        const Pair pair = rotate_pair(z[2 * i % 8], z[2 * i % 8 + 1], c[i], s[i]);
         z[2 * i % 8] = pair.x, z[2 * i % 8 + 1] = pair.y;
       }
     }

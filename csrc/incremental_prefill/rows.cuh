@@ -37,57 +37,61 @@ __device__ __forceinline__ int length_at(const Params& p, int b, int segment) {
   return __ldg(p.length + b * p.length_batch + segment * p.length_segment);
 }
 
-template <int GROUP_MAX>
-__device__ __forceinline__ Census reduce_census(Census c, unsigned lanes, int group) {
-#pragma unroll
-  for (int step = GROUP_MAX / 2; step > 0; step /= 2) {
-    if (step >= group) continue;
-    c.rows[0] += __shfl_xor_sync(lanes, c.rows[0], step);
-    c.rows[1] += __shfl_xor_sync(lanes, c.rows[1], step);
-    c.begin[0] = least(c.begin[0], __shfl_xor_sync(lanes, c.begin[0], step));
-    c.begin[1] = least(c.begin[1], __shfl_xor_sync(lanes, c.begin[1], step));
-    c.limit_min = least(c.limit_min, __shfl_xor_sync(lanes, c.limit_min, step));
-    c.limit_max = most(c.limit_max, __shfl_xor_sync(lanes, c.limit_max, step));
+// Over groups of `group` lanes.
+__device__ __forceinline__ Census reduce_census(Census c, int group) {
+#pragma unroll 1
+  for (int step = group / 2; step > 0; step /= 2) {
+    c.rows[0] += __shfl_xor_sync(~0u, c.rows[0], step);
+    c.rows[1] += __shfl_xor_sync(~0u, c.rows[1], step);
+    c.begin[0] = least(c.begin[0], __shfl_xor_sync(~0u, c.begin[0], step));
+    c.begin[1] = least(c.begin[1], __shfl_xor_sync(~0u, c.begin[1], step));
+    c.limit_min = least(c.limit_min, __shfl_xor_sync(~0u, c.limit_min, step));
+    c.limit_max = most(c.limit_max, __shfl_xor_sync(~0u, c.limit_max, step));
   }
   return c;
 }
-
-// The census of session b when nothing but the number of rows matters; true if so.
-__device__ __forceinline__ bool plain_census(const Params& p, Census& c) {
-  if (p.role != nullptr || p.limit.data != nullptr || p.segments[0].begin.data != nullptr ||
-      p.segments[1].begin.data != nullptr) {
-    return false;
-  }
-  c = {{p.segment == kSource ? p.T : 0, p.segment == kTarget ? p.T : 0}, {0, 0}, INT_MAX, INT_MAX};
-  return true;
+// Over the whole warp.
+__device__ __forceinline__ Census reduce_census(const Census& c) {
+  return {{__reduce_add_sync(~0u, c.rows[0]), __reduce_add_sync(~0u, c.rows[1])},
+          {__reduce_min_sync(~0u, c.begin[0]), __reduce_min_sync(~0u, c.begin[1])},
+          __reduce_min_sync(~0u, c.limit_min),
+          __reduce_max_sync(~0u, c.limit_max)};
 }
 
-// Fills prefix[0 .. B] with the steps of the sessions before each one, over all their items. Ends in a barrier.
+// Whether nothing but the number of rows matters, and the census of every session then.
+__device__ __forceinline__ bool counts_alone(const Params& p) {
+  return p.role == nullptr && p.limit.data == nullptr && p.segments[0].begin.data == nullptr &&
+         p.segments[1].begin.data == nullptr;
+}
+__device__ __forceinline__ Census plain_census(const Params& p) {
+  return {{p.segment == kSource ? p.T : 0, p.segment == kTarget ? p.T : 0}, {0, 0}, INT_MAX, INT_MAX};
+}
+
+// Fills prefix[0 .. B] with the steps of the sessions before each one, over all their items, each of which counts
+// `begin` more. Ends in a barrier.
 template <class S>
-__device__ __forceinline__ void plan_sessions(const Params& p, int items_each, int* prefix) {
+__device__ __forceinline__ void plan_sessions(const Params& p, int items_each, int begin, int* prefix) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  Census plain;
-  const bool simple = plain_census(p, plain);
   int group = 1;
-  while (!simple && group < 32 && group < p.T) group *= 2;
+  while (!counts_alone(p) && group < 32 && group < p.T) group *= 2;
   // a group of lanes per session
   for (int base = 0; base < p.B; base += S::kThreads / group) {
     const int b = base + thread / group;
     const int safe = b < p.B ? b : p.B - 1;
     Census c = no_rows();
-    if (simple) {
-      c = plain;
+    if (counts_alone(p)) {
+      c = plain_census(p);
     } else {
 #pragma unroll 4
       for (int t = thread % group; t < p.T; t += group) {
         count_row(c, role_at(p, safe, t), cell(p.segments[0].begin, safe, t, 0), cell(p.segments[1].begin, safe, t, 0),
                   cell(p.limit, safe, t, INT_MAX));
       }
-      c = reduce_census<32>(c, ~0u, group);
+      c = reduce_census(c, group);
     }
     if (b < p.B && thread % group == 0) {
       const Session s = session_of(p, c, length_at(p, b, 0), length_at(p, b, 1), S::kKeys);
-      prefix[b + 1] = steps_of(s, p.T, S::kKeys) * items_each;
+      prefix[b + 1] = (begin + steps_of(s, p.T, S::kKeys)) * items_each;
     }
   }
   __syncthreads();
@@ -115,9 +119,8 @@ __device__ __forceinline__ void read_session(const Params& p, int b, const Rows2
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const unsigned earlier = (1u << lane) - 1;
   const int source_length = length_at(p, b, 0), target_length = length_at(p, b, 1);
-  Census c;
-  const bool simple = plain_census(p, c);
-  if (!simple) c = no_rows();
+  const bool simple = counts_alone(p);
+  Census c = simple ? plain_census(p) : no_rows();
   int base[2] = {0, 0};
   for (int strip = 0; strip < p.T; strip += S::kThreads) {
     const int t = strip + thread;
@@ -153,7 +156,7 @@ __device__ __forceinline__ void read_session(const Params& p, int b, const Rows2
     if (mine) rows.code[t] = rank;
   }
   if (!simple) {
-    c = reduce_census<32>(c, ~0u, 32);
+    c = reduce_census(c);
     if (lane == 0) {
       int* to = scratch + 6 * warp;
       to[0] = c.rows[0], to[1] = c.rows[1], to[2] = c.begin[0], to[3] = c.begin[1];
@@ -184,10 +187,31 @@ __device__ __forceinline__ void read_session(const Params& p, int b, const Rows2
   __syncthreads();
 }
 
+// The same for the only session of a call whose rows all see every key before them. Does not end in a barrier.
+template <class S>
+__device__ __forceinline__ Session read_plain_session(const Params& p, const int (&length)[2], const Rows2& rows) {
+  const int segment = p.segment == kSource ? kSource : kTarget;
+  const Session s = plain_session(p, segment, p.T, length, S::kKeys);
+  const View &source = s.views[0], &target = s.views[1];
+  for (int t = threadIdx.x; t < p.T; t += S::kThreads) {
+    const int own = (segment == kTarget ? target.length : source.length) + t, behind = most(own + 1, 0);
+    rows.sights[t] = segment == kTarget ? make_int4(0, source.end, 0, least(behind, target.end))
+                                        : make_int4(0, least(behind, source.end), 0, 0);
+    rows.code[t] = key_code(segment, own);
+  }
+  return s;
+}
+
 // Over the rows of a tile: where their sights begin and end, per segment. Padding rows do not count.
 struct Hull {
   int begin_min[2], begin_max[2], end_min[2], end_max[2];
 };
+
+// Of rows that see all that the cache holds: no row sees less of an old tile.
+__device__ __forceinline__ Hull hull_of_all(const Session& s) {
+  const int target = s.tiles[1].tiles > 0 ? s.views[1].held : 0;
+  return {{0, 0}, {0, 0}, {s.views[0].held, target}, {s.views[0].held, target}};
+}
 
 __device__ __forceinline__ Hull hull_of(const Rows2& rows, int first, int last) {
   Hull h{{INT_MAX, INT_MAX}, {0, 0}, {INT_MAX, INT_MAX}, {0, 0}};

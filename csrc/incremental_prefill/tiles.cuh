@@ -37,6 +37,8 @@ struct Shape {
   static constexpr bool kQueryInRegisters = D <= 128 && WARPS_M == 1;
   // a second copy of the products, for plain tiles: worth its size beside warpgroup products
   static constexpr bool kPlainLoop = kWgmma;
+  // instructions that save waiting, where they were measured to pay
+  static constexpr bool kEager = SK_WGMMA && D % 64 == 0;
   static_assert(kWarpKeys % 16 == 0 && D % 32 == 0, "whole 16 x 16 blocks");
 };
 
@@ -48,10 +50,19 @@ __device__ __forceinline__ int chunk_at(int r, int c) {
   return panel * ROWS * 128 + r * 64 + ((c % 4) ^ (r / 2 % 4)) * 16;
 }
 
-// 16 bytes on their way to shared memory; zeros if not `valid` (nothing is read then).
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
+// 16 bytes on their way to shared memory; zeros if not `valid` (nothing is read then). `keep`: how long the L2 should
+// keep them, if HINTED.
+template <bool HINTED>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid, uint64_t keep) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  if constexpr (HINTED) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(to), "l"(from),
+                 "r"(bytes), "l"(keep)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+  }
 }
 __device__ __forceinline__ void close_group() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

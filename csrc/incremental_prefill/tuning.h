@@ -7,6 +7,8 @@ struct Tuning {
   int rows = 0;      // of a tile
   int cluster = 0;   // blocks
   int smallest = 0;  // keys that are worth a block of their own
+  int keep = 0;      // 1: keys like anything else in the L2
+  int begin = 0;     // 1 + steps that beginning an item counts for
 };
 
 Tuning& tuning();

@@ -48,7 +48,9 @@ struct Job {
   Target at;
   int valid;               // rows of the tile
   int item, begin, steps;  // of all items of a session; first step in the list of all; steps
+  int worker;              // by the order of the steps
   int share, now, until, each;
+  bool empty;        // the share ends before the item's first tile
   Range fresh, old;  // tiles of this block
 };
 
@@ -110,7 +112,7 @@ struct Loader {
 
   // Starts the loads of the next tile into a stage.
   __device__ __forceinline__ void issue(const Params& p, const Session& session, const Hull& hull, int b, int hk,
-                                        uint32_t stage) {
+                                        uint32_t stage, uint64_t keep) {
     if (cursor.next(S::kKeys)) {
       const Run& run = cursor.runs[cursor.run];
       const Segment& s = p.segments[run.segment];
@@ -131,10 +133,10 @@ struct Loader {
       const Rows& rows = matrix ? segment.v : segment.k;
       const uint32_t tile = stage + matrix * S::kMatrix;
       if (whole) {
-        copy_rows(tile, matrix ? v : k, rows.row);
+        copy_rows(tile, matrix ? v : k, rows.row, keep);
       } else {
         slowly(p, session, hull, static_cast<const Element*>(rows.data) + b * rows.batch + hk * rows.head, rows.row,
-               tile, first, threadIdx.x % S::kGroup);
+               tile, first, threadIdx.x % S::kGroup, keep);
       }
     }
   }
@@ -143,26 +145,26 @@ struct Loader {
   __device__ __forceinline__ int plain() const {
     return kEven && dense ? cursor.plain(whole_low - begin, whole_high - begin, S::kKeys, S::kWarpKeys) : 0;
   }
-  __device__ __forceinline__ void issue_plain(uint32_t stage) {
+  __device__ __forceinline__ void issue_plain(uint32_t stage, uint64_t keep) {
     cursor.step(S::kKeys);
     k += S::kKeys * S::D, v += S::kKeys * S::D;
-    copy_rows(stage, k, S::D);
-    copy_rows(stage + S::kMatrix, v, S::D);
+    copy_rows(stage, k, S::D, keep);
+    copy_rows(stage + S::kMatrix, v, S::D, keep);
   }
 
   // The group's part of a tile whose rows may all be read.
-  __device__ __forceinline__ void copy_rows(uint32_t tile, const Element* from, int64_t stride) const {
+  __device__ __forceinline__ void copy_rows(uint32_t tile, const Element* from, int64_t stride, uint64_t keep) const {
     const uint32_t to = tile + place;
 #pragma unroll
     for (int j = 0; j < kTotal / S::kGroup; ++j) {
       // kStep rows on: the row's place in its group of eight may change, by a constant
-      copy_async((to ^ (j * kStep % 8 * 16)) + j * kStep * 128, from + j * kStep * stride, true);
+      copy_async<S::kEager>((to ^ (j * kStep % 8 * 16)) + j * kStep * 128, from + j * kStep * stride, true, keep);
     }
   }
 
   // The same for any tile, row by row. Rows that must not be read become zeros: what they hold may be NaN.
   __device__ __forceinline__ void slowly(const Params& p, const Session& session, const Hull& hull, const Element* from,
-                                         int64_t stride, uint32_t to, int first, int thread) {
+                                         int64_t stride, uint32_t to, int first, int thread, uint64_t keep) {
     const int segment = cursor.runs[cursor.run].segment;
     const View& view = session.views[segment];
     const int low = segment ? hull.begin_min[1] : hull.begin_min[0];
@@ -175,8 +177,8 @@ struct Loader {
       const bool seen = index < high && (index >= low || index < view.sinks);
       const int slot = seen ? slot_of(index, capacity, p.ring_sinks, ring) : kNoSlot;
       const bool valid = slot != kNoSlot;
-      copy_async(to + chunk_at<S::D, S::kKeys>(begin + row, chunk), from + (valid ? slot : 0) * stride + chunk * 8,
-                 valid);
+      copy_async<S::kEager>(to + chunk_at<S::D, S::kKeys>(begin + row, chunk),
+                            from + (valid ? slot : 0) * stride + chunk * 8, valid, keep);
     }
   }
 };

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS, MAX_SESSIONS = 512, 1024
-DECODE_ROWS, MANY_SESSIONS = 16, 16
+DECODE_ROWS, MANY_SESSIONS = 16, 8
 _WORDS = struct.Struct("<70q2d6q")
 
 
@@ -36,8 +36,8 @@ def reason(call: Call) -> str | None:
 
 
 def hands_over(call: Call) -> bool:
-    """Where Triton was faster on an H200: many rows per key head in few sessions (1 session of 8 rows and 7 query heads
-    per key head: 10 to 30 % up to 64k keys, but 25 % slower in 32 sessions and more)."""
+    """Where Triton was faster on an H200: many rows per key head in few sessions (1 session of 32 rows and 7 query heads
+    per key head: 10 to 30 % up to 64k keys, but 20 to 50 % slower in ragged batches of 8 to 64 sessions)."""
     sizes = call.sizes
     rows = sizes.get("T", 1) * (sizes.get("H", 1) // sizes.get("HK", 1))
     return rows > DECODE_ROWS and sizes.get("B", 1) < MANY_SESSIONS

@@ -61,7 +61,7 @@ def test_few_rows_alone_and_features(ready: None) -> None:
 
 
 # sessions and rows: 7 to 14 query rows of a key head are few; more are left to Triton, but for many sessions
-STEPS = ((1, 2), (15, 3), (16, 3), (1, 600))
+STEPS = ((1, 2), (7, 3), (8, 3), (1, 600))
 
 
 def test_auto_takes_what_was_measured_to_be_faster(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,16 +304,39 @@ def test_prefill_shares_cover_every_step(native: ctypes.CDLL) -> None:
         assert share <= max(-(-items * steps // workers), 2 << smallest) + 4 * blocks, (items, steps, workers)
 
 
-def test_prefill_parts_tile_their_range(native: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_prefill_parts_tile_their_range(native: ctypes.CDLL, fresh: bool) -> None:
+    """Beside the call's new rows, which cost two steps, part 0 gets fewer."""
     out = (ctypes.c_int * 2)()
-    for begin, size, n in itertools.product((0, 7, 10**6), (0, 1, 5, 8, 2**20 + 3, 10**8), (1, 2, 4, 8)):
+    for begin, size, log in itertools.product((0, 7, 10**6), (0, 1, 5, 8, 17, 4103, 100000), range(fresh, 4)):
         at, sizes = begin, []
-        for i in range(n):
-            native.part_of(begin, begin + size, i, n, out)
+        for i in range(2**log):
+            native.part_of(begin, begin + size, i, log, fresh, out)
             assert out[0] == at
             at = out[1]
             sizes.append(out[1] - out[0])
-        assert at == begin + size and max(sizes) - min(sizes) <= 1
+        assert at == begin + size
+        others = sizes[1:] if fresh else sizes
+        assert max(others, default=0) - min(others, default=0) <= 1
+        if fresh:
+            assert sizes[0] <= max(0, max(others) - 1)
+            assert max(others) <= -(-(size + 2) // 2**log) + 1
+
+
+def test_prefill_plans_plain_sessions_alike(native: ctypes.CDLL) -> None:
+    """The short way for one session whose rows see all before them finds what the long way finds."""
+    short, long = (ctypes.c_int * 17)(), (ctypes.c_int * 17)()
+    lengths = itertools.product((-(2**31), -3, 0, 1, 127, 128, 300, 2**31 - 1), repeat=2)
+    for length, segment, capacity, T, keys in itertools.product(lengths, (0, 1), (0, 130, 4096), (1, 8, 33), (32, 128)):
+        rows = (ctypes.c_int * (4 * T))(*[segment, 2**31 - 1, 0, 0] * T)
+        inputs = (ctypes.c_int * 11)(capacity, 0, 0, capacity, 3, 0, 0, *length, T, keys)
+        native.plain_session_of(inputs, segment, short)
+        native.session_of(inputs, rows, long, (ctypes.c_int * (4 * T))())
+        for s in (0, 1):
+            *view, sinks, first, tiles = long[8 * s : 8 * s + 8]
+            assert short[8 * s : 8 * s + 5] == view
+            assert short[8 * s + 5 : 8 * s + 8] == [0, 0, sinks + tiles] and first in (0, sinks)
+        assert short[16] == long[16]
 
 
 def test_bindings_name_what_is_wrong(extension: ModuleType) -> None:

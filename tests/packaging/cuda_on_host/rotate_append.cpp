@@ -129,9 +129,31 @@ EXPORT void session_of(const int* in, const int* rows, int* out, int* sights) {
   }
 }
 
-// part i of n of [begin, end)
-EXPORT void part_of(int begin, int end, int i, int n, int* out) {
-  const auto r = sk::incremental_prefill::part_of({begin, end}, i, n);
+// The same session by the short way of rows that all belong to `segment` and see all before them. out as above, without
+// the sights.
+EXPORT void plain_session_of(const int* in, int segment, int* out) {
+  using namespace sk::incremental_prefill;
+  Params p{};
+  for (int s = 0; s < 2; ++s) {
+    p.segments[s].capacity = in[3 * s];
+    p.segments[s].sinks = in[3 * s + 1];
+  }
+  p.T = in[9];
+  const int length[] = {in[7], in[8]};
+  const Session session = plain_session(p, segment, p.T, length, in[10]);
+  for (int s = 0; s < 2; ++s) {
+    const View& v = session.views[s];
+    const Tiles& t = session.tiles[s];
+    const int all[] = {v.total, v.held, v.lowest, v.end, v.sinks, t.sinks, t.first, t.tiles};
+    out = std::copy(std::begin(all), std::end(all), out);
+  }
+  *out = steps_of(session, p.T, in[10]);
+}
+
+// part i of 2^log of [begin, end), beside new rows or not
+EXPORT void part_of(int begin, int end, int i, int log, bool fresh, int* out) {
+  using namespace sk::incremental_prefill;
+  const Range r = fresh ? beside_fresh({begin, end}, i, log) : part_of({begin, end}, i, log);
   out[0] = r.begin;
   out[1] = r.end;
 }
