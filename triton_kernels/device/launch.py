@@ -2,26 +2,35 @@
 
 Triton finds the compiled form of a call by the type, alignment and special values of each argument: 40 us for the 45
 arguments of an attention kernel, more than a short kernel runs. What decides the form, a caller knows from its own few
-tensors: `signature` of those is the key under which it keeps a `Launch`.
+tensors: `signature` of those is the key under which it keeps a `Launch` with all its numbers. The second call of a
+`Launch` hands addresses and numbers to the function of Triton that passes them to the driver, below the layers that
+look at them (`direct`), where this Triton is one whose layers are known; else it goes through those layers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+import triton
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Plan = TypeVar("Plan")
 # calls of so many kinds are remembered; beyond, all are forgotten and made anew: no compilation, only host time
 MOST = 1024
+# tensor-memory descriptors that one argument of a launch remembers, by address
+MOST_MAPS = 512
 
 
 def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """All that a call's compiled form and strides can depend on: sizes, strides, dtypes and alignment; of absent
-    tensors their absence."""
-    return tuple(x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in tensors)
+    """All that a call's compiled form, strides and device can depend on: sizes, strides, dtypes, devices and alignment;
+    of absent tensors their absence."""
+    return tuple([x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors])
 
 
 def remembered(plans: dict[Any, Plan], key: Any, make: Callable[[], Plan]) -> Plan:
@@ -34,22 +43,14 @@ def remembered(plans: dict[Any, Plan], key: Any, make: Callable[[], Plan]) -> Pl
     return plan
 
 
-class Launch:
-    """A kernel on a grid with its constants. Calls after the first promise arguments of the first one's form."""
+def on_device_of(x: Tensor) -> Any:
+    """The context in which x's device is the current one; nothing is entered where it is so already."""
+    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
+        return _HERE
+    return torch.cuda.device(x.device)
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], **constants: Any) -> None:
-        self.kernel, self.constants = kernel, constants
-        self.grid = (*grid, 1, 1)[:3]
-        self.again: Any = None
 
-    def __call__(self, *arguments: Any) -> None:
-        if self.again is not None:
-            self.again(*arguments, *self.tail)
-            return
-        compiled = self.kernel[self.grid](*arguments, **self.constants)
-        # None in Triton's interpreter, where every call is a first one
-        self.again = compiled and compiled[self.grid]
-        self.tail = [self.constants[name] for name in self.kernel.arg_names[len(arguments) :]]
+_HERE = contextlib.nullcontext()
 
 
 class Box:
@@ -67,3 +68,120 @@ class Box:
         descriptor = object.__new__(TensorDescriptor)
         vars(descriptor).update(self.fields, base=x)
         return descriptor
+
+
+class Launch:
+    """A kernel on a grid with its numbers and constants: the call's tensors come first, in the kernel's order, then
+    `numbers`, then `constants` by name. The first tensors go through `boxes`, where there is one, as descriptors.
+
+    Calls after the first promise tensors of the first one's signature (`None` for `None`).
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[int | float, ...] = (),
+        boxes: tuple[Box | None, ...] = (),
+        **constants: Any,
+    ) -> None:
+        self.kernel, self.numbers, self.boxes, self.constants = kernel, numbers, boxes, constants
+        self.grid = (*grid, 1, 1)[:3]
+        self.again: Callable[[tuple[Tensor | None, ...]], None] = self._first
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        self.again(tensors)
+
+    def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
+        arguments = self._arguments(tensors)
+        compiled = self.kernel[self.grid](*arguments, **self.constants)
+        # None in Triton's interpreter, where every call is a first one
+        if compiled is None:
+            return
+        tail = [self.constants[name] for name in self.kernel.arg_names[len(arguments) :]]
+        through = compiled[self.grid]
+
+        def ordinary(tensors: tuple[Tensor | None, ...]) -> None:
+            through(*self._arguments(tensors), *tail)
+
+        self.again = direct(compiled, self.grid, self.boxes, (*self.numbers, *tail), ordinary) or ordinary
+
+    def _arguments(self, tensors: tuple[Tensor | None, ...]) -> list[Any]:
+        arguments: list[Any] = list(tensors)
+        for i, box in enumerate(self.boxes):
+            if box is not None:
+                arguments[i] = box.over(arguments[i])
+        return arguments + list(self.numbers)
+
+
+def direct(
+    compiled: Any,
+    grid: tuple[int, ...],
+    boxes: tuple[Box | None, ...],
+    rest: tuple[Any, ...],
+    ordinary: Callable[[tuple[Tensor | None, ...]], None],
+) -> Callable[[tuple[Tensor | None, ...]], None] | None:
+    """What launches `compiled` over tensors by their addresses; None where Triton is not one whose launcher is known.
+
+    It does what triton.compiler.CompiledKernel's runner, triton.backends.nvidia.driver.CudaLauncher and
+    `wrap_handle_tensordesc` do, without what they do for the sake of arguments that nobody has looked at. `ordinary` is
+    called while somebody listens to launches (a profiler), who is to be told more.
+    """
+    packs = {"3.6": False, "3.7": True}.get(triton.__version__[:3])
+    try:
+        launcher = compiled.run
+        if packs is None or launcher.global_scratch_size or launcher.profile_scratch_size:
+            return None
+        hooks = knobs.runtime
+        hooks.launch_enter_hook, hooks.launch_exit_hook  # noqa: B018  (a Triton without them is not known)
+        make_map = inspect.getmodule(type(launcher)).make_tensordesc_arg  # type: ignore[union-attr]
+        launch = inspect.unwrap(launcher.launch)
+        # the function that turns descriptors into arguments wraps the one that launches
+        launch = inspect.getclosurevars(launch).nonlocals["launcher"] if any(boxes) else launch
+        driver = triton.runtime.driver.active
+        device, get_stream = driver.get_current_device(), driver.get_current_stream
+        behind: tuple[Any, ...] = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+        told = (compiled.packed_metadata, None, None, None)
+        if packs:
+            behind += (*told, None, None, launcher.arg_annotations, launcher.kernel_signature)
+        else:
+            behind += (None, None, *told)
+        metas = iter(compiled.metadata.tensordesc_meta or [None] * len(boxes))
+        makers = [box and _maps(box, next(metas), make_map) for box in boxes]
+    except (AttributeError, KeyError, TypeError, StopIteration):
+        return None
+    boxed = len(makers)
+
+    def again(tensors: tuple[Tensor | None, ...]) -> None:
+        # hooks that are no chain are somebody's own
+        if getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True):
+            ordinary(tensors)
+            return
+        arguments: list[Any] = []
+        for make, x in zip(makers, tensors):  # noqa: B905  (the tensors behind have none)
+            arguments += (x if x is None else x.data_ptr(),) if make is None else make(x)
+        arguments += [x if x is None else x.data_ptr() for x in tensors[boxed:]]
+        arguments += rest
+        if packs:
+            launch(*grid, get_stream(device), *behind, arguments)
+        else:
+            launch(*grid, get_stream(device), *behind, *arguments)
+
+    return again
+
+
+def _maps(box: Box, meta: Any, make_map: Callable[[Any, Any], list[Any]]) -> Callable[[Any], list[Any]]:
+    """What the launcher takes for a box over a tensor: made once per address, since all else is the box's."""
+    known: dict[int, list[Any]] = {}
+
+    def arguments(x: Tensor) -> list[Any]:
+        address = x.data_ptr()
+        found = known.get(address)
+        if found is None:
+            if len(known) >= MOST_MAPS:
+                known.clear()
+            # an address in place of a tensor, which would be kept alive
+            found = known[address] = [y.data_ptr() if isinstance(y, Tensor) else y for y in make_map(box.over(x), meta)]
+        return found
+
+    return arguments

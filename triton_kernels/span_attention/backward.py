@@ -28,7 +28,7 @@ from .classes import dq_classes, landing_key, value_of
 from .forward import LISTS, load_tile, program_rows, program_tile
 
 
-@triton.jit(do_not_specialize=["T", "H", "dlse_b", "dlse_h", "dlse_t"],
+@triton.jit(do_not_specialize=["T", "H", "dlse_b", "dlse_h", "dlse_t", "has_dlse"],
             do_not_specialize_on_alignment=["lse", "dlse", "delta", "sink_gradient", "sink_logits"])  # fmt: skip
 def row_statistics_kernel(
     o, do,  # [B, H, T, D]
@@ -39,6 +39,7 @@ def row_statistics_kernel(
     sink_gradient,  # fp32 [B, H, T]: each row's share of d sink_logits
     T, H,
     o_b, o_h, o_t, do_b, do_h, do_t, dlse_b, dlse_h, dlse_t,
+    has_dlse,  # 0: dlse is zeros and not read
     D: tl.constexpr, SINK_LOGITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // H).to(tl.int64)
@@ -53,7 +54,7 @@ def row_statistics_kernel(
     along = tl.sum(out * grad, 1)
     at = (b * H + h) * T + t
     log = tl.load(lse + at, mask=inside, other=float("-inf"))
-    dlog = tl.load(dlse + b * dlse_b + h * dlse_h + t.to(tl.int64) * dlse_t, mask=inside, other=0.0)
+    dlog = tl.load(dlse + b * dlse_b + h * dlse_h + t.to(tl.int64) * dlse_t, mask=inside & (has_dlse != 0), other=0.0)
     seen = log > float("-inf")
     log = tl.where(seen, log, 0.0)
     whole = log

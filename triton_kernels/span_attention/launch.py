@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device.launch import Box, Launch, remembered, signature
+from ..device.launch import Box, Launch, on_device_of, remembered, signature
 from . import tiles
 from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
 from .forward import gather_kept_kernel, span_attention_kernel
@@ -43,218 +43,231 @@ def span_attention(
     sink_logits: Tensor | None, row_blocks: Tensor, key_blocks: Tensor, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [B, H, T, D] stored [B, T, H, D], lse fp32 [B, H, T]; the op's raw arguments, already checked."""
-    B, H, T, D = q.shape
-    HK, S = k.shape[1:3]
-    o = q.new_empty((B, T, H, D)).transpose(1, 2)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    if o.numel() == 0 or S == 0:
-        return o.zero_(), lse.fill_(-math.inf)
     lists = (sink_key, kept, kept_count, key_class, row_class, class_rules, class_sink)
-    tensors = (q, k, v, bounds, row_blocks, *lists, sink_logits)
-    key = (q.device, tuple(rules), softcap != 0.0, *signature(*tensors))
-    spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
-    plan = remembered(FORWARD, key, lambda: _Forward(q, k, v, spans, sink_logits is not None, softcap))
-    q, k, v = plan.rows(q, k, v)
-    with torch.cuda.device_of(q):
+    key = (tuple(rules), scale, softcap, signature(q, k, v, bounds, row_blocks, *lists, sink_logits))
+    plan = FORWARD.get(key)
+    if plan is None:
+        B, H, T, D = q.shape
+        if q.numel() == 0 or k.shape[2] == 0:
+            o = q.new_zeros((B, T, H, D)).transpose(1, 2)
+            return o, torch.full((B, H, T), -math.inf, dtype=torch.float32, device=q.device)
+        spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
+        plan = remembered(FORWARD, key, lambda: _Forward(q, k, v, spans, sink_logits is not None, scale, softcap))
+    if not plan.as_given:
+        q, k, v = (_rows(x) for x in (q, k, v))
+    if not plan.solid:
+        bounds, row_blocks, *lists = (x if x is None else x.contiguous() for x in (bounds, row_blocks, *lists))
+    o = q.new_empty_strided(*plan.o)
+    lse = torch.empty(plan.lse, dtype=torch.float32, device=q.device)
+    with on_device_of(q):
+        gathered = (None, None) if plan.gather is None else plan.gathered(k, v, *lists[1:3])
         plan.launch(
-            plan.q.over(q), plan.k.over(k), plan.v.over(v), k, v, *plan.gathered(k, v, spans, HK),
-            o, lse, spans.bounds, spans.row_blocks, *spans.lists, lse if sink_logits is None else sink_logits,
-            *_factors(scale, softcap, q.dtype), T, S, H, HK, row_blocks.shape[1], spans.K, *spans.table,
-            *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+            q, k, v, k, v, *gathered, o, lse, bounds, row_blocks, *[bounds if x is None else x for x in lists],
+            lse if sink_logits is None else sink_logits,
         )  # fmt: skip
     return o, lse
 
 
 class _Plan:
-    """What calls of one signature have in common: whether their rows are copied first."""
+    """What calls of one signature have in common: whether their rows are copied first (not `as_given`), and whether
+    their spans are (not `solid`)."""
 
-    def __init__(self, *given: Tensor) -> None:
+    def __init__(self, spans: _Spans, *given: Tensor) -> None:
         self.as_given = all(_rows(x) is x for x in given)
-
-    def rows(self, *given: Tensor) -> tuple[Tensor, ...]:
-        return given if self.as_given else tuple(_rows(x) for x in given)
+        self.solid = spans.solid
 
 
 class _Forward(_Plan):
-    """A forward's launches."""
+    """A forward's launches, and its outputs' sizes and strides."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, spans: _Spans, sink_logits: bool, softcap: float) -> None:
-        super().__init__(q, k, v)
-        q, k, v = self.rows(q, k, v)
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: _Spans, sink_logits: bool, scale: float, softcap: float
+    ) -> None:
+        super().__init__(spans, q, k, v)
+        q, k, v = (_rows(x) for x in (q, k, v))
         B, H, T, D = q.shape
+        HK, S = k.shape[1:3]
+        self.o, self.lse = rows_first(B, H, T, D), (B, H, T)
         capability = _capability(q.device)
-        long = tiles.long_walks(B * H * T, k.shape[2])
+        long = tiles.long_walks(B * H * T, S)
         choice = tiles.tile(
             "forward", capability, D, q.element_size(), spans.plain(softcap), spans.has_classes, long
         )  # fmt: skip
         columns = tiles.block_d(D)
-        self.q = Box(q, choice.block_t, columns)
-        self.k, self.v = Box(k, choice.block_s, columns), Box(v, choice.block_s, columns)
+        boxes = [Box(q, choice.block_t, columns), *(Box(x, choice.block_s, columns) for x in (k, v))]
         self.gather = None
         if spans.has_kept and spans.K and not spans.has_classes and T >= GATHER_ROWS:
             self.gather = Launch(
-                gather_kept_kernel, (triton.cdiv(spans.K, 32), B * k.shape[1]), D=D, BLOCK_K=32, BLOCK_D=columns,
-                num_warps=4,
+                gather_kept_kernel, (triton.cdiv(spans.K, 32), B * HK),
+                (S, spans.K, HK, *k.stride()[:3], *v.stride()[:3]), D=D, BLOCK_K=32, BLOCK_D=columns, num_warps=4,
             )  # fmt: skip
-            self.list_shape = (B, k.shape[1], spans.K, D)
-            self.list = Box(k.new_empty(self.list_shape), choice.block_s, columns)
+            self.list_shape = (B, HK, spans.K, D)
+            listed = k.new_empty(self.list_shape)
+            boxes += [None, None, *(Box(listed, choice.block_s, columns) for _ in "kv")]
         self.launch = Launch(
             span_attention_kernel, _row_grid(q, k, choice.block_t, TOGETHER // 2 if long else TOGETHER),
-            SINK_LOGITS=sink_logits,
-            **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
+            (
+                *_factors(scale, softcap, q.dtype), T, S, H, HK, spans.row_blocks, spans.K, *spans.table,
+                *k.stride()[:3], *v.stride()[:3], *self.o[1][:3],
+            ),
+            tuple(boxes), SINK_LOGITS=sink_logits, **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
         )  # fmt: skip
 
-    def gathered(self, k: Tensor, v: Tensor, spans: _Spans, HK: int) -> tuple[Any, Any]:
+    def gathered(self, k: Tensor, v: Tensor, kept: Tensor | None, count: Tensor | None) -> tuple[Tensor, Tensor]:
         """The rows of k and v that the kept list names, side by side: most rows of q see all of them."""
-        if self.gather is None:
-            return None, None
-        kept_k, kept_v = k.new_empty((2, *self.list_shape))
-        self.gather(
-            k, v, spans.kept, spans.kept_count, kept_k, kept_v, k.shape[2], spans.K, HK,
-            *k.stride()[:3], *v.stride()[:3],
-        )  # fmt: skip
-        return self.list.over(kept_k), self.list.over(kept_v)
+        kept_k, kept_v = k.new_empty(self.list_shape), k.new_empty(self.list_shape)
+        self.gather(k, v, kept, count, kept_k, kept_v)  # type: ignore[misc]
+        return kept_k, kept_v
 
 
 def span_attention_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     bounds: Tensor, rules: Sequence[int], sink_key: Tensor | None, kept: Tensor | None, kept_count: Tensor | None,
     key_class: Tensor | None, row_class: Tensor | None, class_rules: Tensor | None, class_sink: Tensor | None,
     sink_logits: Tensor | None, row_blocks: Tensor, key_blocks: Tensor, scale: float, softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv as q, k, v (stored rows first), d sink_logits [H] (empty without)."""
-    B, H, T, D = q.shape
-    HK, S = k.shape[1:3]
-    dq = q.new_empty((B, T, H, D)).transpose(1, 2)
-    dsink = q.new_empty(0) if sink_logits is None else torch.zeros_like(sink_logits)
-    if o.numel() == 0 or k.numel() == 0:
-        empty = [k.new_zeros((B, S, HK, D)).transpose(1, 2) for _ in "kv"]
-        return dq.zero_(), empty[0], empty[1], dsink
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv as q, k, v (stored rows first), d sink_logits [H] (None without); dlse None: zeros."""
     lists = (sink_key, kept, kept_count, key_class, row_class, class_rules, class_sink)
     tensors = (do, dlse, q, k, v, o, lse, bounds, row_blocks, key_blocks, *lists, sink_logits)
-    key = (q.device, tuple(rules), softcap != 0.0, *signature(*tensors))
-    spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
-    plan = remembered(BACKWARD, key, lambda: _Backward(q, k, v, do, spans, sink_logits is not None, softcap))
-    q, k, v, do = plan.rows(q, k, v, do)
-    total, delta = torch.empty((2, B, H, 64 * triton.cdiv(T, 64)), dtype=torch.float32, device=q.device)
+    key = (tuple(rules), scale, softcap, signature(*tensors))
+    plan = BACKWARD.get(key)
+    if plan is None:
+        spans = _Spans(bounds, rules, *lists, row_blocks, key_blocks)
+        if q.numel() == 0 or k.numel() == 0:
+            zeros = (x.new_empty_strided(*rows_first(*x.shape)).zero_() for x in (q, k, v))
+            return (*zeros, None if sink_logits is None else torch.zeros_like(sink_logits))
+        plan = remembered(
+            BACKWARD, key,
+            lambda: _Backward(q, k, v, o, do, dlse, spans, sink_logits is not None, scale, softcap),
+        )  # fmt: skip
+    if not plan.as_given:
+        q, k, v, do = (_rows(x) for x in (q, k, v, do))
+    if not plan.solid:
+        given = (bounds, row_blocks, key_blocks, *lists)
+        bounds, row_blocks, key_blocks, *lists = (x if x is None else x.contiguous() for x in given)
+    dq = q.new_empty_strided(*plan.as_q)
+    dk, dv = k.new_empty_strided(*plan.as_k), v.new_empty_strided(*plan.as_k)
+    total, delta = lse.new_empty(plan.padded), lse.new_empty(plan.padded)
     share = total if sink_logits is None else torch.empty_like(lse)
-    mass = total.new_empty((len(rules) + 1, *lse.shape)) if spans.sinks else total
-    dk, dv = (torch.empty(plan.shape, dtype=plan.dtype, device=q.device).transpose(2, 3) for _ in "kv")
-    factors = (*_factors(scale, softcap, q.dtype), scale)
-    with torch.cuda.device_of(q):
-        plan.statistics(
-            o, do, lse, dlse, lse if sink_logits is None else sink_logits, total, delta, share, T, H,
-            *o.stride()[:3], *do.stride()[:3], *dlse.stride(),
-        )  # fmt: skip
-        plan.dq(
-            *(box.over(x) for box, x in zip(plan.dq_boxes, (q, k, v, do), strict=True)), k, v, dq, total, delta, mass,
-            spans.bounds, spans.row_blocks, *spans.lists, *factors, T, S, H, HK, row_blocks.shape[1], spans.K,
-            *spans.table, *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3], lse.numel(),
-        )  # fmt: skip
-        plan.dkdv(
-            *(box.over(x) for box, x in zip(plan.dkdv_boxes, (q, k, v, do), strict=True)),
-            v, dk, dv, total, delta, spans.bounds, spans.row_blocks, spans.key_blocks, spans.lists[0],
-            spans.listed(HK, S), *spans.lists[3:], *factors, T, S, H, HK, row_blocks.shape[1], key_blocks.shape[1],
-            plan.heads, *spans.table, *v.stride()[:3], *dk.stride()[:4],
-        )  # fmt: skip
-        if plan.join is None:
-            dk, dv = dk[0], dv[0]
-        else:
-            parts = (dk, dv)
-            dk, dv = (torch.empty((B, S, HK, D), dtype=x.dtype, device=x.device).transpose(1, 2) for x in (k, v))
-            plan.join(*parts, dk, dv, dk.numel(), plan.shape[0])
-    for slot, key in spans.sinks.items():
-        _add_to_sink(dv, mass[slot], do, key)
-    if sink_logits is not None:
-        dsink = share.sum((0, 2)).to(sink_logits.dtype)
-    return dq, dk, dv, dsink
+    mass = lse.new_empty(plan.masses) if plan.masses else total
+    parts = (dk, dv) if plan.join is None else (lse.new_empty(plan.parts), lse.new_empty(plan.parts))
+    logits = lse if sink_logits is None else sink_logits
+    seen = [bounds if x is None else x for x in lists]
+    with on_device_of(q):
+        plan.statistics(o, do, lse, lse if dlse is None else dlse, logits, total, delta, share)
+        plan.dq(q, k, v, do, k, v, dq, total, delta, mass, bounds, row_blocks, *seen)
+        seen[1:3] = [seen[1] if plan.listed is None else _listed(*plan.listed, *seen[1:3])]
+        plan.dkdv(q, k, v, do, v, *parts, total, delta, bounds, row_blocks, key_blocks, *seen)
+        if plan.join is not None:
+            plan.join(*parts, dk, dv)
+    for slot, at in plan.sinks:
+        _add_to_sink(dv, mass[slot], do, class_sink if at is None else sink_key[:, at])  # type: ignore[index,arg-type]
+    return dq, dk, dv, None if sink_logits is None else share.sum((0, 2)).to(sink_logits.dtype)
 
 
 class _Backward(_Plan):
-    """A backward's launches, and how dk and dv are split."""
+    """A backward's launches, how dk and dv are split, and the sizes and strides of what it makes."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, spans: _Spans, sink_logits: bool, softcap: float
-    ) -> None:
-        super().__init__(q, k, v, do)
-        q, k, v, do = self.rows(q, k, v, do)
+        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, dlse: Tensor | None, spans: _Spans,
+        sink_logits: bool, scale: float, softcap: float,
+    ) -> None:  # fmt: skip
+        super().__init__(spans, q, k, v, do)
+        q, k, v, do = (_rows(x) for x in (q, k, v, do))
         B, H, T, D = q.shape
         HK, S = k.shape[1:3]
         size, capability, columns = q.element_size(), _capability(q.device), tiles.block_d(D)
+        self.as_q, self.as_k = rows_first(B, H, T, D), rows_first(B, HK, S, D)
+        self.padded = (B, H, 64 * triton.cdiv(T, 64))
+        self.masses = (spans.N + 1, B, H, T) if spans.sinks else None
+        self.sinks = spans.sinks
+        self.listed = (B, HK, S) if spans.has_kept else None
         self.statistics = Launch(
             row_statistics_kernel, (B * H, 2 * triton.cdiv(T, 64)),
+            (T, H, *o.stride()[:3], *do.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
+             int(dlse is not None)),
             D=D, SINK_LOGITS=sink_logits, PRECISION=_precision(q.dtype), BLOCK_T=32, BLOCK_D=columns, num_warps=4,
         )  # fmt: skip
-        plain = spans.plain(softcap)
-        classes = spans.has_classes
-        choice = tiles.tile("dq", capability, D, size, classes=classes)
-        self.dq_boxes = self._boxes(choice, columns, q, k, v, do)
-        meta = _meta(choice, D, spans, softcap, q.dtype, spans.table[1])
-        self.dq = Launch(dq_kernel, _row_grid(q, k, choice.block_t, TOGETHER), **meta)
-        choice = tiles.tile("dkdv", capability, D, size, plain, classes=classes)
+        factors = (*_factors(scale, softcap, q.dtype), scale)
+        lengths = (T, S, H, HK, spans.row_blocks)
+        choice = tiles.tile("dq", capability, D, size, classes=spans.has_classes)
+        self.dq = Launch(
+            dq_kernel, _row_grid(q, k, choice.block_t, TOGETHER),
+            (
+                *factors, *lengths, spans.K, *spans.table, *k.stride()[:3], *v.stride()[:3], *self.as_q[1][:3],
+                B * H * T,
+            ),
+            self._boxes(choice, columns, q, k, v, do), **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
+        )  # fmt: skip
+        choice = tiles.tile("dkdv", capability, D, size, spans.plain(softcap), classes=spans.has_classes)
         key_tiles = triton.cdiv(S, choice.block_s)
         parts = min(H // HK, max(1, triton.cdiv(ENOUGH_PROGRAMS, key_tiles * HK * B)))
-        self.heads = triton.cdiv(H // HK, parts)
-        parts = triton.cdiv(H // HK, self.heads)
-        self.shape = (parts, B, S, HK, D)
-        self.dtype = k.dtype if parts == 1 else torch.float32
-        self.dkdv_boxes = self._boxes(choice, columns, q, k, v, do)
-        meta = _meta(choice, D, spans, softcap, q.dtype, spans.table[0])
+        each = triton.cdiv(H // HK, parts)
+        parts = triton.cdiv(H // HK, each)
         heads = B * HK * parts
         together = _together(heads, 2 * T * D * size, TOGETHER // 2 if heads >= MANY_HEADS else TOGETHER)
-        self.dkdv = Launch(dkdv_kernel, (together * key_tiles, heads // together), HAS_KEPT=spans.has_kept, **meta)
+        self.parts, part = (parts, B, S, HK, D), B * HK * S * D
+        self.dkdv = Launch(
+            dkdv_kernel, (together * key_tiles, heads // together),
+            (
+                *factors, *lengths, spans.key_blocks, each, *spans.table, *v.stride()[:3],
+                part, *self.as_k[1][:3],
+            ),
+            self._boxes(choice, columns, q, k, v, do), HAS_KEPT=spans.has_kept,
+            **_meta(choice, D, spans, softcap, q.dtype, spans.table[0]),
+        )  # fmt: skip
         self.join = None
         if parts > 1:
-            self.join = Launch(join_parts_kernel, (triton.cdiv(k.numel(), 1024), 2), BLOCK=1024, num_warps=4)
+            self.join = Launch(
+                join_parts_kernel, (triton.cdiv(part, 1024), 2), (part, parts), BLOCK=1024, num_warps=4
+            )  # fmt: skip
 
     @staticmethod
-    def _boxes(choice: tiles.Tile, columns: int, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Box]:
+    def _boxes(choice: tiles.Tile, columns: int, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Box, ...]:
         blocks = (choice.block_t, choice.block_s, choice.block_s, choice.block_t)
-        return [Box(x, block, columns) for x, block in zip((q, k, v, do), blocks, strict=True)]
+        return tuple(Box(x, block, columns) for x, block in zip((q, k, v, do), blocks, strict=True))
 
 
 class _Spans:
-    """The spans of one call as the kernels take them; absent lists are stood for by a tensor that is never read."""
+    """What the spans of calls of one signature have in common."""
 
     def __init__(
         self, bounds: Tensor, rules: Sequence[int], sink_key: Tensor | None, kept: Tensor | None,
         kept_count: Tensor | None, key_class: Tensor | None, row_class: Tensor | None, class_rules: Tensor | None,
         class_sink: Tensor | None, row_blocks: Tensor, key_blocks: Tensor,
     ) -> None:  # fmt: skip
+        given = (bounds, row_blocks, key_blocks, sink_key, kept, kept_count, key_class, row_class, class_rules)
+        self.solid = all(x is None or x.is_contiguous() for x in (*given, class_sink))
         self.N = bounds.shape[2]
-        self.bounds = bounds.contiguous()
+        self.row_blocks, self.key_blocks = row_blocks.shape[1], key_blocks.shape[1]
         self.code = sum(rule << (2 * slot) for slot, rule in enumerate(rules))
         self.has_kept = kept is not None and 3 in rules
         self.K = kept.shape[2] if kept is not None else 0
-        self.row_blocks = row_blocks.contiguous()
-        self.key_blocks = key_blocks.contiguous()
-        absent = self.bounds
-        self.sink_key = absent if sink_key is None else sink_key.contiguous()
-        self.kept = absent if kept is None else kept.contiguous()
-        self.kept_count = absent if kept_count is None else kept_count.contiguous()
         self.has_classes, self.class_sink = class_rules is not None, class_sink is not None
-        classes = (absent if x is None else x.contiguous() for x in (key_class, row_class, class_rules, class_sink))
-        self.lists = (self.sink_key, self.kept, self.kept_count, *classes)
         # row classes and key classes of the table
         self.table = (1, 1) if class_rules is None else tuple(class_rules.shape)
-        # what lands elsewhere: by the place of its mass, slots first, the sample's key
-        self.sinks = {slot: self.sink_key[:, slot] for slot, rule in enumerate(rules) if rule == 2}
-        if class_sink is not None:
-            self.sinks[self.N] = class_sink
+        # what lands elsewhere: the place of its mass, slots first, and the slot whose sink key it lands on (None: the
+        # sample's)
+        self.sinks: list[tuple[int, int | None]] = [(slot, slot) for slot, rule in enumerate(rules) if rule == 2]
+        if self.class_sink:
+            self.sinks.append((self.N, None))
 
     def plain(self, softcap: float) -> bool:
         """Whether these are the spans of most masks: at most two slots, all ATTEND, no classes and no softcap."""
         return self.N <= 2 and self.code == 0 and not softcap and not self.has_classes
 
-    def listed(self, HK: int, S: int) -> Tensor:
-        """int8 [B, HK, S]: 1 for the keys of the kept list."""
-        if not self.has_kept:
-            return self.bounds
-        B, _, K = self.kept.shape
-        real = torch.arange(K, device=self.kept.device) < self.kept_count[..., None]
-        real &= (self.kept >= 0) & (self.kept < S)
-        out = torch.zeros((B, HK, S + 1), dtype=torch.int8, device=self.kept.device)
-        return out.scatter_(2, self.kept.long().masked_fill(~real, S), 1)[..., :S].contiguous()
+
+def _listed(B: int, HK: int, S: int, kept: Tensor, count: Tensor) -> Tensor:
+    """int8 [B, HK, S]: 1 for the keys of the kept list."""
+    real = torch.arange(kept.shape[2], device=kept.device) < count[..., None]
+    real &= (kept >= 0) & (kept < S)
+    out = torch.zeros((B, HK, S + 1), dtype=torch.int8, device=kept.device)
+    return out.scatter_(2, kept.long().masked_fill(~real, S), 1)[..., :S].contiguous()
+
+
+def rows_first(B: int, heads: int, rows: int, D: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of [B, heads, rows, D] stored [B, rows, heads, D]."""
+    return (B, heads, rows, D), (rows * heads * D, D, heads * D, 1)
 
 
 def _row_grid(q: Tensor, k: Tensor, block_t: int, room: int) -> tuple[int, int]:

@@ -140,8 +140,13 @@ def _attend(
     backend: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = run if not needs_grad and undispatched(q, k, v) else torch.ops.streamkernels.span_attention
-    o, lse = op(q, k, v, *given, sink_logits, *blocks, scale, softcap, backend)
+    rest = (*given, sink_logits, *blocks, scale, softcap, backend)
+    if not undispatched(q, k, v):
+        o, lse = torch.ops.streamkernels.span_attention(q, k, v, *rest)
+    elif needs_grad:
+        o, lse = autograd.Undispatched.apply(q, k, v, sink_logits, rest)
+    else:
+        o, lse = run(q, k, v, *rest)
     return o, lse
 
 

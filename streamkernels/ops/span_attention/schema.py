@@ -42,18 +42,26 @@ def run(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]
     return reference.span_attention(q, k, v, spans, sink_logits, scale=scale, softcap=softcap)
 
 
-def _backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the backward op does, without the dispatcher; dlse None is zeros, and d sink_logits None without them."""
     *given, backend = options
     if backend == "triton":
         return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *given)
     if backend != "reference":
         refuse(OP, "backend", "triton or reference, which have the gradient", backend, NotImplementedError)
     spans, sink_logits, scale, softcap = _read(given)
+    if dlse is None:
+        dlse = torch.zeros_like(lse)
     return reference.span_attention_backward(
         do, dlse, q, k, v, o, lse, spans, sink_logits, scale=scale, softcap=softcap
     )
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dsink_logits = run_backward(*arguments)
+    return dq, dk, dv, dq.new_empty(0) if dsink_logits is None else dsink_logits
 
 
 def _read(options: list[Any]) -> tuple[reference.SpanTensors, Tensor | None, float, float]:
