@@ -51,7 +51,9 @@ def undispatched(*tensors: Tensor) -> bool:
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
     if modes or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(x) is Tensor for x in tensors)
+    # of torch.autograd.grad(is_grads_batched=True), whose tensors are of no type of their own
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return all([type(x) is Tensor and not batched(x) for x in tensors])
 
 
 class Known:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..device.launch import Launch, on_device_of, remembered, signature
 from .forward import compact_kernel
 
 # element size -> the integer that rows are copied as
@@ -15,6 +17,9 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # widest row -> (BLOCK_K, BLOCK_Q): numbers per token (positions), heads of a cache, hidden states
 TILES = {8: (256, 8), 128: (32, 128), 2**63: (4, 1024)}
 WARPS = 4
+
+# by the signature of a call
+PLANS: dict[Any, Launch] = {}
 
 
 def tile(Q: int) -> tuple[int, int]:
@@ -34,14 +39,21 @@ def compact(x: Tensor, index: Tensor, count: Tensor, dim: int) -> Tensor:
     rows = x.reshape(B, P, S, Q)
     if Q > 1 and rows.stride(3) != 1:
         rows = rows.contiguous()
+    number = INTEGERS[x.element_size()]
+    launch = remembered(PLANS, signature(rows, index, count), lambda: _plan(rows, index, count))
+    with on_device_of(x):
+        launch(rows.view(number), index, count, out.view(number))
+    return out
+
+
+def _plan(rows: Tensor, index: Tensor, count: Tensor) -> Launch:
+    B, P, S, Q = rows.shape
+    K = index.shape[1]
     strides = [rows.stride(i) if rows.shape[i] > 1 else 0 for i in range(3)]
     step = math.gcd(*strides, Q, 16)
     block_k, block_q = tile(Q)
-    number = INTEGERS[x.element_size()]
-    with torch.cuda.device_of(x):
-        compact_kernel[(triton.cdiv(K, block_k) * triton.cdiv(Q, block_q) * P, B)](
-            rows.view(number), index, count, out.view(number), P, S, K, Q // step,
-            *(stride // step for stride in strides), *index.stride(), count.stride(0),
-            STEP=step, BLOCK_K=block_k, BLOCK_Q=block_q, num_warps=WARPS,
-        )  # fmt: skip
-    return out
+    numbers = (P, S, K, Q // step, *(stride // step for stride in strides), *index.stride(), count.stride(0))
+    return Launch(
+        compact_kernel, (triton.cdiv(K, block_k) * triton.cdiv(Q, block_q) * P, B), numbers,
+        STEP=step, BLOCK_K=block_k, BLOCK_Q=block_q, num_warps=WARPS,
+    )  # fmt: skip

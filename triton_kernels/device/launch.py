@@ -10,7 +10,7 @@ look at them (`direct`), where this Triton is one whose layers are known; else i
 from __future__ import annotations
 
 import contextlib
-import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -93,18 +93,21 @@ class Launch:
         self.again(tensors)
 
     def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
-        arguments = self._arguments(tensors)
-        compiled = self.kernel[self.grid](*arguments, **self.constants)
-        # None in Triton's interpreter, where every call is a first one
-        if compiled is None:
-            return
-        tail = [self.constants[name] for name in self.kernel.arg_names[len(arguments) :]]
+        compiled = self.kernel[self.grid](*self._arguments(tensors), **self.constants)
+        # None in Triton's interpreter, where every call is a first one; else what the second prepares may be its last
+        if compiled is not None:
+            self.again = lambda tensors: self._second(compiled, tensors)
+
+    def _second(self, compiled: Any, tensors: tuple[Tensor | None, ...]) -> None:
+        given = len(tensors) + len(self.numbers)
+        tail = [self.constants[name] for name in self.kernel.arg_names[given:]]
         through = compiled[self.grid]
 
         def ordinary(tensors: tuple[Tensor | None, ...]) -> None:
             through(*self._arguments(tensors), *tail)
 
         self.again = direct(compiled, self.grid, self.boxes, (*self.numbers, *tail), ordinary) or ordinary
+        self.again(tensors)
 
     def _arguments(self, tensors: tuple[Tensor | None, ...]) -> list[Any]:
         arguments: list[Any] = list(tensors)
@@ -134,10 +137,11 @@ def direct(
             return None
         hooks = knobs.runtime
         hooks.launch_enter_hook, hooks.launch_exit_hook  # noqa: B018  (a Triton without them is not known)
-        make_map = inspect.getmodule(type(launcher)).make_tensordesc_arg  # type: ignore[union-attr]
-        launch = inspect.unwrap(launcher.launch)
-        # the function that turns descriptors into arguments wraps the one that launches
-        launch = inspect.getclosurevars(launch).nonlocals["launcher"] if any(boxes) else launch
+        make_map = sys.modules[type(launcher).__module__].make_tensordesc_arg
+        launch = launcher.launch
+        if any(boxes):
+            # the function that turns descriptors into arguments has the one that launches in its closure
+            launch = launch.__closure__[launch.__code__.co_freevars.index("launcher")].cell_contents
         driver = triton.runtime.driver.active
         device, get_stream = driver.get_current_device(), driver.get_current_stream
         behind: tuple[Any, ...] = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
@@ -148,7 +152,7 @@ def direct(
             behind += (None, None, *told)
         metas = iter(compiled.metadata.tensordesc_meta or [None] * len(boxes))
         makers = [box and _maps(box, next(metas), make_map) for box in boxes]
-    except (AttributeError, KeyError, TypeError, StopIteration):
+    except (AttributeError, TypeError, ValueError, StopIteration):
         return None
     boxed = len(makers)
 

@@ -80,30 +80,30 @@ def hull_tiles(length, most_begin, least_end, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def solid_tile(i, begin, length, most_begin, least_end, BLOCK_S: tl.constexpr):
-    """Tile i of a hull without holes: (its first key, the first key that no earlier tile had, whether every row sees
-    all of it)."""
-    fresh = begin + i * BLOCK_S
-    start = begin + tl.minimum(i * BLOCK_S, length - BLOCK_S)
-    return start, fresh, (start == fresh) & (start >= most_begin) & (start + BLOCK_S <= least_end)
+def solid_run(begin, length, most_begin, least_end, before, BLOCK_S: tl.constexpr):
+    """What `solid_pair` asks of a hull without holes whose tiles come after `before` others: (where tile 0 of the walk
+    would begin, the begin of the last tile, the least and the greatest begin of a tile that every row sees all of)."""
+    last = begin + length - BLOCK_S
+    return begin - before * BLOCK_S, last, most_begin, tl.minimum(least_end - BLOCK_S, last)
 
 
 @triton.jit
 def solid_pair(
-    i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2,
+    i, solid, begin, last, least, most, begin2, last2, least2, most2,
     SLOT: tl.constexpr, PAIR: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Tile i of the hulls without holes of slot SLOT, `solid` tiles, and behind them (PAIR) of the next slot: what
-    `solid_tile` says, and the slot."""
-    start, fresh, whole = solid_tile(i, begin, length, most_begin, least_end, BLOCK_S)
+    """Tile i of the hulls without holes of slot SLOT, `solid` tiles, and behind them (PAIR) of the next slot, each as
+    `solid_run` has it: (its first key, the first key that no earlier tile had, whether every row sees all of it, the
+    slot)."""
     slot = SLOT
     if PAIR:
-        start2, fresh2, whole2 = solid_tile(i - solid, begin2, length2, most_begin2, least_end2, BLOCK_S)
-        start = tl.where(i < solid, start, start2)
-        fresh = tl.where(i < solid, fresh, fresh2)
-        whole = tl.where(i < solid, whole, whole2)
+        begin = tl.where(i < solid, begin, begin2)
+        last = tl.where(i < solid, last, last2)
+        least = tl.where(i < solid, least, least2)
+        most = tl.where(i < solid, most, most2)
         slot = tl.where(i < solid, SLOT, SLOT + 1)
-    return start, fresh, whole, slot
+    fresh = begin + i * BLOCK_S
+    return tl.minimum(fresh, last), fresh, (fresh >= least) & (fresh <= most), slot
 
 
 @triton.jit

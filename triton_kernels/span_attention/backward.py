@@ -21,6 +21,7 @@ from ..device.spans import (
     sees,
     slot_hull,
     solid_pair,
+    solid_run,
     tile_is_whole,
     times_seen,
 )
@@ -90,12 +91,15 @@ def dq_slots(
         solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
         solids += solid2
         looses += loose2
+    first, last, least, most = solid_run(begin, length, most_begin, least_end, 0, BLOCK_S)
+    first2, last2, least2, most2 = first, last, least, most
+    if PAIR:
+        first2, last2, least2, most2 = solid_run(begin2, length2, most_begin2, least_end2, solid, BLOCK_S)
     # not a bare loop: see attend_slots
     if solids > 0:
         for i in tl.range(0, solids):
             start, fresh, whole, slot = solid_pair(
-                i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2, SLOT,
-                PAIR, BLOCK_S,
+                i, solid, first, last, least, most, first2, last2, least2, most2, SLOT, PAIR, BLOCK_S,
             )  # fmt: skip
             keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
             s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)

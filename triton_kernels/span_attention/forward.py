@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..device.classes import class_of, rules_towards
 from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
-from ..device.spans import hull_tiles, row_span, sees, slot_hull, solid_pair
+from ..device.spans import hull_tiles, row_span, sees, slot_hull, solid_pair, solid_run
 from .classes import attend_classes, landing_key
 
 # a view of a longer list may begin anywhere: the alignment of these is no part of a compiled form
@@ -60,13 +60,16 @@ def attend_slots(
         solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
         solids += solid2
         looses += loose2
+    first, last, least, most = solid_run(begin, length, most_begin, least_end, 0, BLOCK_S)
+    first2, last2, least2, most2 = first, last, least, most
+    if PAIR:
+        first2, last2, least2, most2 = solid_run(begin2, length2, most_begin2, least_end2, solid, BLOCK_S)
     # not a bare loop: where it is not entered, registers of acc would be written after it and before the wait for the
     # products of its last step, and ptxas then makes every warpgroup product of the loop wait for the one before
     if solids > 0:
         for i in tl.range(0, solids):
             start, fresh, whole, slot = solid_pair(
-                i, solid, begin, length, most_begin, least_end, begin2, length2, most_begin2, least_end2,
-                SLOT, PAIR, BLOCK_S,
+                i, solid, first, last, least, most, first2, last2, least2, most2, SLOT, PAIR, BLOCK_S,
             )  # fmt: skip
             # k, v [BLOCK_S, BLOCK_D]
             keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ...backends.select import Call, choose
 from ...core.shapes import Shapes, check_int, refuse
+from ..known import Known, look_of, undispatched, wants_gradient
 from . import autograd as autograd
-from .schema import OP
+from .schema import OP, run
 
 
 def compact(x: Tensor, index: Tensor, count: Tensor, *, dim: int = 1, backend: str = "auto") -> Tensor:
@@ -31,6 +32,12 @@ def compact(x: Tensor, index: Tensor, count: Tensor, *, dim: int = 1, backend: s
         TypeError, ValueError: a wrong type, dtype, shape, device or dim.
         NotImplementedError: a named backend that cannot run the call.
     """
+    look = look_of((x, index, count), (dim, backend))
+    if look is not None and wants_gradient(x):
+        look = None
+    if (known := _known.get(look)) is not None:
+        op = run if undispatched(x, index, count) else torch.ops.streamkernels.compact
+        return op(x, index, count, *known)
     if not isinstance(x, Tensor):
         refuse(OP, "x", "a tensor [B, ..., S, ...]", x, TypeError)
     if x.dim() < 2:
@@ -46,4 +53,9 @@ def compact(x: Tensor, index: Tensor, count: Tensor, *, dim: int = 1, backend: s
     shapes.tensor("count", count, "B", dtype=torch.int32)
     features = frozenset({"backward"} if torch.is_grad_enabled() and x.requires_grad else ())
     chosen = choose(Call(OP, x.device, x.dtype, dict(shapes.sizes), features), backend)
-    return torch.ops.streamkernels.compact(x, index, count, axis, chosen)
+    compacted = torch.ops.streamkernels.compact(x, index, count, axis, chosen)
+    _known.keep(look, (axis, chosen))
+    return compacted
+
+
+_known = Known()

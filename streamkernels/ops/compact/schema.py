@@ -18,7 +18,8 @@ LIBRARY.define(
 )
 
 
-def _compact(x: Tensor, index: Tensor, count: Tensor, dim: int, backend: str) -> Tensor:
+def run(x: Tensor, index: Tensor, count: Tensor, dim: int, backend: str) -> Tensor:
+    """What `torch.ops.streamkernels.compact` does, without the dispatcher."""
     room = {"reference": reference, "triton": triton, "cuda": cuda}[backend]
     gathered: Tensor = room.compact(x, index, count, dim)  # type: ignore[attr-defined]
     return gathered
@@ -38,7 +39,7 @@ def _fake_backward(dy: Tensor, index: Tensor, count: Tensor, S: int, dim: int, b
     return dy.new_empty((*dy.shape[:dim], S, *dy.shape[dim + 1 :]))
 
 
-LIBRARY.impl(OP, _compact, "CompositeExplicitAutograd")
+LIBRARY.impl(OP, run, "CompositeExplicitAutograd")
 LIBRARY.impl(f"{OP}_backward", _compact_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(f"streamkernels::{OP}", _fake, lib=LIBRARY)
 torch.library.register_fake(f"streamkernels::{OP}_backward", _fake_backward, lib=LIBRARY)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...backends.select import Call, choose
 from ...core.shapes import FLOATS, Shapes, check_int, check_number, refuse
-from .schema import OP
+from ..known import Known, look_of, undispatched
+from .schema import OP, run
 
 
 def select_tokens(
@@ -43,6 +44,11 @@ def select_tokens(
         TypeError, ValueError: none or both of threshold and k; a wrong type, dtype, shape or device.
         NotImplementedError: a named backend that cannot run the call.
     """
+    look = look_of((scores, index, count), (threshold, k, max_keep, largest, backend))
+    if (known := _known.get(look)) is not None:
+        given = tuple(x for x in (scores, index, count) if x is not None)
+        op = run if undispatched(*given) else torch.ops.streamkernels.select_tokens
+        return op(scores.detach() if scores.requires_grad else scores, index, count, *known)
     shapes = Shapes(OP)
     shapes.tensor("scores", scores, "B K", dtype=FLOATS)
     if (threshold is None) == (k is None):
@@ -59,6 +65,10 @@ def select_tokens(
         shapes.tensor("count", count, "B", dtype=torch.int32)
     features = frozenset({"threshold"} if k is None else {"k"})
     chosen = choose(Call(OP, scores.device, scores.dtype, dict(shapes.sizes), features), backend)
-    return torch.ops.streamkernels.select_tokens(
-        scores.detach(), index, count, threshold, min(limit, width), width, largest, chosen
-    )
+    outcome = (threshold, min(limit, width), width, largest, chosen)
+    selected = torch.ops.streamkernels.select_tokens(scores.detach(), index, count, *outcome)
+    _known.keep(look, outcome)
+    return selected
+
+
+_known = Known()

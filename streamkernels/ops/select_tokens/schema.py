@@ -17,7 +17,7 @@ LIBRARY.define(
 )
 
 
-def _select_tokens(
+def run(
     scores: Tensor,
     index: Tensor | None,
     count: Tensor | None,
@@ -27,6 +27,7 @@ def _select_tokens(
     largest: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """What `torch.ops.streamkernels.select_tokens` does, without the dispatcher."""
     if backend != "reference":
         room = {"triton": triton, "cuda": cuda}[backend]
         selected: tuple[Tensor, Tensor] = room.select_tokens(  # type: ignore[attr-defined]
@@ -50,5 +51,5 @@ def _fake(
     return scores.new_empty((B, width), dtype=torch.int32), scores.new_empty((B,), dtype=torch.int32)
 
 
-LIBRARY.impl(OP, _select_tokens, "CompositeExplicitAutograd")
+LIBRARY.impl(OP, run, "CompositeExplicitAutograd")
 torch.library.register_fake(f"streamkernels::{OP}", _fake, lib=LIBRARY)

@@ -47,9 +47,7 @@ class Undispatched(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, rest: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
-        # as the registered op: what is made is nobody's view
-        with torch._C._AutoDispatchBelowAutograd():
-            o, lse = run(q, k, v, *rest)
+        o, lse = run(q, k, v, *rest)
         bounds, ctx.rules, *options, scale, softcap, backend = rest
         ctx.save_for_backward(q, k, v, o, lse, bounds, *options)
         ctx.numbers = scale, softcap, backend
