@@ -99,7 +99,8 @@ def dq_slots(
     if solids > 0:
         for i in tl.range(0, solids):
             start, fresh, whole, slot = solid_pair(
-                i, solid, first, last, least, most, first2, last2, least2, most2, SLOT, PAIR, BLOCK_S,
+                i, solid, first, last, least, most, first2, last2, least2, most2, SLOT, PAIR, BLOCK_T,
+                BLOCK_S,
             )  # fmt: skip
             keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
             s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)

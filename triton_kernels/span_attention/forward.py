@@ -69,7 +69,8 @@ def attend_slots(
     if solids > 0:
         for i in tl.range(0, solids):
             start, fresh, whole, slot = solid_pair(
-                i, solid, first, last, least, most, first2, last2, least2, most2, SLOT, PAIR, BLOCK_S,
+                i, solid, first, last, least, most, first2, last2, least2, most2, SLOT, PAIR, BLOCK_T,
+                BLOCK_S,
             )  # fmt: skip
             # k, v [BLOCK_S, BLOCK_D]
             keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
