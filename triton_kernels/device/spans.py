@@ -88,6 +88,29 @@ def solid_run(begin, length, most_begin, least_end, before, BLOCK_S: tl.constexp
 
 
 @triton.jit
+def walk_of(
+    row_blocks, block, blocks, SLOT: tl.constexpr, PAIR: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The tiles of slot SLOT (and of the next, if PAIR) for a tile of rows: how many of SLOT and of both are solid, how
+    many of them loose (`hull_tiles`), where the hulls begin, and the `solid_run` of each."""
+    begin, length, most_begin, least_end = slot_hull(row_blocks, block, blocks, SLOT, N, BLOCK_T)
+    solid, loose = hull_tiles(length, most_begin, least_end, BLOCK_S)
+    first, last, least, most = solid_run(begin, length, most_begin, least_end, 0, BLOCK_S)
+    solids = solid
+    looses = loose
+    begin2 = begin
+    first2, last2, least2, most2 = first, last, least, most
+    if PAIR:
+        begin2, length2, most_begin2, least_end2 = slot_hull(row_blocks, block, blocks, SLOT + 1, N, BLOCK_T)
+        solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
+        first2, last2, least2, most2 = solid_run(begin2, length2, most_begin2, least_end2, solid, BLOCK_S)
+        solids += solid2
+        looses += loose2
+    return solid, solids, loose, looses, begin, begin2, first, last, least, most, first2, last2, least2, most2
+
+
+@triton.jit
 def solid_pair(
     i, solid, begin, last, least, most, begin2, last2, least2, most2,
     SLOT: tl.constexpr, PAIR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -14,16 +14,14 @@ from ..device.classes import class_of, rule_between, rules_towards
 from ..device.softmax import cap, from_natural, power
 from ..device.spans import (
     PREPARED_BLOCK,
-    hull_tiles,
     padded_rows,
     row_runs,
     row_span,
     sees,
-    slot_hull,
     solid_pair,
-    solid_run,
     tile_is_whole,
     times_seen,
+    walk_of,
 )
 from .classes import dq_classes, landing_key, value_of
 from .forward import LISTS, load_tile, program_rows, program_tile
@@ -81,20 +79,9 @@ def dq_slots(
 ):  # fmt: skip
     """dq's share of slot SLOT (and the next, if PAIR), and the slot's mass per row. `sunk` [BLOCK_T]: do . (value of
     the slot's sink)."""
-    begin, length, most_begin, least_end = slot_hull(row_blocks, block, blocks, SLOT, N, BLOCK_T)
-    solid, loose = hull_tiles(length, most_begin, least_end, BLOCK_S)
-    solids = solid
-    looses = loose
-    begin2, length2, most_begin2, least_end2 = begin, length, most_begin, least_end
-    if PAIR:
-        begin2, length2, most_begin2, least_end2 = slot_hull(row_blocks, block, blocks, SLOT + 1, N, BLOCK_T)
-        solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
-        solids += solid2
-        looses += loose2
-    first, last, least, most = solid_run(begin, length, most_begin, least_end, 0, BLOCK_S)
-    first2, last2, least2, most2 = first, last, least, most
-    if PAIR:
-        first2, last2, least2, most2 = solid_run(begin2, length2, most_begin2, least_end2, solid, BLOCK_S)
+    solid, solids, loose, looses, begin, begin2, first, last, least, most, first2, last2, least2, most2 = walk_of(
+        row_blocks, block, blocks, SLOT, PAIR, N, BLOCK_T, BLOCK_S
+    )
     # not a bare loop: see attend_slots
     if solids > 0:
         for i in tl.range(0, solids):

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..device.classes import class_of, rules_towards
 from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
-from ..device.spans import hull_tiles, row_span, sees, slot_hull, solid_pair, solid_run
+from ..device.spans import row_span, sees, slot_hull, solid_pair, walk_of
 from .classes import attend_classes, landing_key
 
 # a view of a longer list may begin anywhere: the alignment of these is no part of a compiled form
@@ -50,20 +50,9 @@ def attend_slots(
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys of slot SLOT (and the next, if PAIR) into (m, norm, acc); without WEIGHTS only into (m, norm)."""
-    begin, length, most_begin, least_end = slot_hull(row_blocks, block, blocks, SLOT, N, BLOCK_T)
-    solid, loose = hull_tiles(length, most_begin, least_end, BLOCK_S)
-    solids = solid
-    looses = loose
-    begin2, length2, most_begin2, least_end2 = begin, length, most_begin, least_end
-    if PAIR:
-        begin2, length2, most_begin2, least_end2 = slot_hull(row_blocks, block, blocks, SLOT + 1, N, BLOCK_T)
-        solid2, loose2 = hull_tiles(length2, most_begin2, least_end2, BLOCK_S)
-        solids += solid2
-        looses += loose2
-    first, last, least, most = solid_run(begin, length, most_begin, least_end, 0, BLOCK_S)
-    first2, last2, least2, most2 = first, last, least, most
-    if PAIR:
-        first2, last2, least2, most2 = solid_run(begin2, length2, most_begin2, least_end2, solid, BLOCK_S)
+    solid, solids, loose, looses, begin, begin2, first, last, least, most, first2, last2, least2, most2 = walk_of(
+        row_blocks, block, blocks, SLOT, PAIR, N, BLOCK_T, BLOCK_S
+    )
     # not a bare loop: where it is not entered, registers of acc would be written after it and before the wait for the
     # products of its last step, and ptxas then makes every warpgroup product of the loop wait for the one before
     if solids > 0:
