@@ -16,8 +16,23 @@ from streamkernels.triton_kernels.device import launch as module
 from streamkernels.triton_kernels.device.launch import Box, Launch, on_device_of, remembered, signature
 
 
+class CudaLauncher:
+    """What Triton's has that `direct` looks at; `make_tensordesc_arg` is beside it, as there."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+    arg_annotations, kernel_signature = "annotations", "signature"
+
+    def __init__(self, launch) -> None:
+        self.launch = launch
+
+
+def make_tensordesc_arg(descriptor, meta):
+    return ["map", descriptor.base, meta["a"]]
+
+
 class Compiled:
-    """What a compiled kernel shows of itself, with `run` as Triton 3.6 has it."""
+    """What a compiled kernel shows of itself."""
 
     def __init__(self) -> None:
         self.ordinary: list[tuple] = []
@@ -31,11 +46,7 @@ class Compiled:
         def inner(*arguments):
             return launcher(*arguments)
 
-        self.run = SimpleNamespace(
-            launch=inner, global_scratch_size=0, profile_scratch_size=0,
-            launch_cooperative_grid=False, launch_pdl=False,
-            arg_annotations="annotations", kernel_signature="signature",
-        )  # fmt: skip
+        self.run = CudaLauncher(inner)
 
     def __getitem__(self, grid):
         return lambda *arguments: self.ordinary.append((grid, arguments))
@@ -57,12 +68,6 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    def make_tensordesc_arg(descriptor, meta):
-        return ["map", descriptor.base, meta["a"]]
-
-    # `direct` finds what turns descriptors into arguments beside the launcher's class
-    home = SimpleNamespace(**vars(module.sys.modules["types"]), make_tensordesc_arg=make_tensordesc_arg)
-    monkeypatch.setitem(module.sys.modules, "types", home)
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 17)
     monkeypatch.setattr(triton.runtime.driver, "_active", active)
     return Kernel()
@@ -92,13 +97,15 @@ def test_by_address(kernel, monkeypatch, version, packs):
     assert z.data_ptr() in (kernel.compiled.direct[-1][-1] if packs else kernel.compiled.direct[-1])
 
 
-@pytest.mark.parametrize("lacks", ["version", "launch", "map", "scratch"])
+@pytest.mark.parametrize("lacks", ["version", "class", "launch", "map", "scratch"])
 def test_where_triton_is_another_the_call_goes_through_its_layers(kernel, monkeypatch, lacks):
     monkeypatch.setattr(triton, "__version__", "3.8.0" if lacks == "version" else "3.6.0")
+    if lacks == "class":
+        kernel.compiled.run = SimpleNamespace(**vars(CudaLauncher), launch=kernel.compiled.run.launch)
     if lacks == "launch":
         kernel.compiled.run.launch = print
     if lacks == "map":
-        monkeypatch.delattr(module.sys.modules["types"], "make_tensordesc_arg")
+        monkeypatch.delitem(globals(), "make_tensordesc_arg")
     if lacks == "scratch":
         kernel.compiled.run.global_scratch_size = 8
     x, y = tensors()

@@ -133,7 +133,10 @@ def direct(
     packs = {"3.6": False, "3.7": True}.get(triton.__version__[:3])
     try:
         launcher = compiled.run
-        if packs is None or launcher.global_scratch_size or launcher.profile_scratch_size:
+        if packs is None or type(launcher).__name__ != "CudaLauncher":
+            return None
+        # memory that a launch needs of its own
+        if launcher.global_scratch_size or launcher.profile_scratch_size:
             return None
         hooks = knobs.runtime
         hooks.launch_enter_hook, hooks.launch_exit_hook  # noqa: B018  (a Triton without them is not known)
