@@ -7,6 +7,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # log2(e) is LOG2E rounded to fp32, plus this
 LOG2E_REST = tl.constexpr(1.925963033500e-8)
 LN2 = tl.constexpr(0.6931471805599453)
+# a maximum to begin with, below every score: differences to it stay finite, those to -inf would have to be looked at
+LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -52,11 +54,14 @@ def from_natural(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(m, norm, s, outer, PRECISION: tl.constexpr):
+def online_softmax(m, norm, s, outer, PRECISION: tl.constexpr, FINITE: tl.constexpr = False):
     """One tile of scores s [BLOCK_T, BLOCK_S], -inf where unseen -> the new running maximum and sum, probabilities, and
-    the factor of what was accumulated before. A row that has seen nothing keeps m = -inf and norm = 0."""
+    the factor of what was accumulated before. A row that has seen nothing keeps its m, -inf or LOWEST, and norm = 0.
+    FINITE: m began with LOWEST."""
     m_new = tl.maximum(m, tl.max(s, 1) * outer)
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    shift = m_new
+    if not FINITE:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = power(s * outer - shift[:, None], PRECISION)
     alpha = power(m - shift, PRECISION)
     return m_new, norm * alpha + tl.sum(p, 1), p, alpha

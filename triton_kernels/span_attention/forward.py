@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..device.classes import class_of, rules_towards
-from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
+from ..device.softmax import LOWEST, cap, from_natural, natural_log, online_softmax, power
 from ..device.spans import row_span, sees, slot_hull, solid_pair, walk_of
 from .classes import attend_classes, landing_key
 
@@ -69,7 +69,7 @@ def attend_slots(
                 j = start + tl.arange(0, BLOCK_S)
                 low = tl.maximum(low, fresh)
                 s = tl.where(sees(low[:, None], high[:, None], j[None, :]), s, float("-inf"))
-            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
+            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION, True)
             if WEIGHTS:
                 values = load_tile(v, b, hk, start, BLOCK_S, BLOCK_D)
                 acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
@@ -90,7 +90,7 @@ def attend_slots(
         keys = load_tile(k, b, hk, start, BLOCK_S, BLOCK_D)
         s = cap(tl.dot(q, keys.T, input_precision=PRECISION), inner, SOFTCAP)
         s = tl.where(sees(low[:, None], high[:, None], j[None, :]), s, float("-inf"))
-        m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
+        m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION, True)
         if WEIGHTS:
             acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
     return m, norm, acc
@@ -205,7 +205,7 @@ def span_attention_kernel(
     row_blocks += wide * TB * N * 4
     # [BLOCK_T, BLOCK_D]
     rows = load_tile(q, b, h, block * BLOCK_T, BLOCK_T, BLOCK_D)
-    m = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_T], LOWEST, tl.float32)
     norm = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     if CLASSES:
@@ -252,7 +252,7 @@ def span_attention_kernel(
             )  # fmt: skip
         else:
             m_mass, norm_mass, _ = attend_slots(
-                tl.full([BLOCK_T], float("-inf"), tl.float32), tl.zeros([BLOCK_T], tl.float32), acc,
+                tl.full([BLOCK_T], LOWEST, tl.float32), tl.zeros([BLOCK_T], tl.float32), acc,
                 rows, k, v, bounds, row_blocks, t, b, hk, block, TB, inner, outer, T, S,
                 slot, False, False, N, SOFTCAP, PRECISION, BLOCK_T, BLOCK_S, BLOCK_D,
             )  # fmt: skip
