@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .core.cache import PADDING, SOURCE, TARGET, StreamCache
     from .core.positions import Rotary
     from .core.spans import Rule, Spans
-    from .integrations.transformers import GroupedCache, SessionBatch, StreamSession
+    from .integrations.transformers import STEP_OPTIONS, GroupedCache, SessionBatch, StreamSession
     from .integrations.transformers.patch import patch
     from .integrations.transformers.prune import prune_vision
     from .ops.compact import compact
@@ -50,6 +50,7 @@ _HOMES = {
     "Spans": ".core.spans",
     "GroupedCache": ".integrations.transformers",
     "SessionBatch": ".integrations.transformers",
+    "STEP_OPTIONS": ".integrations.transformers",
     "StreamSession": ".integrations.transformers",
     "patch": ".integrations.transformers",
     "prune_vision": ".integrations.transformers.prune",
@@ -102,6 +103,7 @@ __all__ = [
     "span_attention",
     "Spans",
     "spans",
+    "STEP_OPTIONS",
     "StreamCache",
     "StreamSession",
     "TARGET",

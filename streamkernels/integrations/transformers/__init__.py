@@ -6,6 +6,7 @@ from . import _release as _release  # first: refuses other releases
 from .batch import SessionBatch
 from .cache import GroupedCache
 from .codec import ByteCodec, LeadingSpaceCodec, codec_for
+from .compiling import STEP_OPTIONS
 from .decoding import Decoding
 from .patch import Handle, patch
 from .stream import StreamSession
@@ -16,6 +17,7 @@ __all__ = [
     "GroupedCache",
     "Handle",
     "LeadingSpaceCodec",
+    "STEP_OPTIONS",
     "SessionBatch",
     "StreamSession",
     "codec_for",
