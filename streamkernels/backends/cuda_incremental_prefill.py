@@ -36,8 +36,8 @@ def reason(call: Call) -> str | None:
 
 
 def hands_over(call: Call) -> bool:
-    """Where Triton was faster on an H200: many rows per key head in few sessions (1 session of 32 rows and 7 query heads
-    per key head: 10 to 30 % up to 64k keys, but 20 to 50 % slower in ragged batches of 8 to 64 sessions)."""
+    """Where Triton was faster on an H200: many rows per key head in few sessions (one of 32 rows and 7 query heads per
+    key head: 10 to 30 % up to 64k keys; but 20 to 50 % slower in ragged batches of 8 to 64 sessions)."""
     sizes = call.sizes
     rows = sizes.get("T", 1) * (sizes.get("H", 1) // sizes.get("HK", 1))
     return rows > DECODE_ROWS and sizes.get("B", 1) < MANY_SESSIONS
