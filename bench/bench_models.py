@@ -16,7 +16,8 @@ defaults fuses the elementwise ones: 185. With `coordinate_descent_tuning` alone
 bandwidth (63), but down computes SiLU again and again in front of its own (42): 174, with q, k and v at cuBLAS.
 `STEP_OPTIONS` makes what a product reads before it, so that a layer is six kernels beside ours, the same in all: norm
 (3), q, k and v (10), o with the residual (8), norm (3), gate with up and SiLU (65), down with the residual (34), ours
-(16) and 8 for launches that follow one another: 147 predicted, with the head 4.4 ms, 1.29 times reading once.
+(16) and 8 for launches that follow one another: 147 predicted, with the head 4.4 ms, 1.29 times reading once. Measured
+then, all 28 layers: 4.42 ms, 1.298 times, 42 s to compile.
 """
 
 from __future__ import annotations

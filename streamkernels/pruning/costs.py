@@ -47,10 +47,10 @@ class Verdict:
 
 LAUNCHES = "; the host's launches take that time, in a CUDA graph pruning may pay"
 # by the name that torch.cuda.get_device_name gives. H200: LLaVA-1.5-7B's shape, torch 2.11, as `prune_vision` leaves
-# it; captured prefills of 624 and 64 rows; the host, a virtual machine: generated tokens, whose layers make the
-# launches of those with few rows, and what 16 probes added to a prefill of 576 vision tokens
+# it; captured prefills of 624 and 64 rows; the host, a virtual machine: an eager prefill of 64 rows, and what 16 probes
+# added to one of 576 vision tokens
 COSTS: Mapping[str, Cost] = {
-    "NVIDIA H200": Cost("NVIDIA H200", 202_375_168, 205.0, 0.87, 510.0, "18304d2", launch=305.0),
+    "NVIDIA H200": Cost("NVIDIA H200", 202_375_168, 176.0, 0.87, 417.0, "0bdf90c", launch=414.0),
 }
 
 
