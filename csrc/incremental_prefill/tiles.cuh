@@ -103,20 +103,4 @@ struct Lane {
   }
 };
 
-// Keys of one segment and head that may be read: stream indices [low, high) and [0, min(sinks, high)).
-template <typename Element>
-struct Keys {
-  const Element *k, *v;
-  int64_t k_row, v_row;
-  int low, high, sinks;
-  int capacity, ring_sinks;
-  bool ring;
-
-  // of the row at stream index `i`, or kNoSlot
-  __device__ __forceinline__ int slot(int i) const {
-    if (i >= high || (i < low && i >= sinks)) return kNoSlot;
-    return i < capacity ? i : slot_of(i, capacity, ring_sinks, ring);
-  }
-};
-
 }  // namespace sk::incremental_prefill

@@ -15,73 +15,26 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-import streamkernels as sk
-from streamkernels import ReadAll, SessionBatch, StreamSession, Threshold, WaitK
+from streamkernels import ReadAll, SessionBatch, StreamSession, WaitK
 from streamkernels.core import cache_room
-from streamkernels.integrations.transformers import Decoding, GroupedCache, graphs
-from streamkernels.integrations.transformers.batch import PatchedBatch
+from streamkernels.integrations.transformers import Decoding, GroupedCache
 from streamkernels.integrations.transformers.patch import handle_of
-from streamkernels.streaming import RowErrors, Step
+from streamkernels.streaming import RowErrors
 
-WORDS = "the meeting is on the twenty third of march at five thirty pm so the third room is free".split()
-OPTIONS = {"header": [7, 8], "prompt": [4, 5], "source_end": [9], "max_target_tokens": 24, "max_word_tokens": 4}
-SOURCES = [WORDS[:6], WORDS[3:5], WORDS[5:13], WORDS[:1]]
-
-
-def policies():
-    confident = Threshold(lambda state: state.logits.softmax(-1).max().item(), 0.2, predicts=True)
-    return [WaitK(1), ReadAll(), WaitK(3), confident]
-
-
-def never_end(logits):
-    return int(logits[2:].argmax()) + 2
-
-
-def alone(model, row, **options):
-    with StreamSession(model, ByT5Tokenizer(), policies()[row], sample=never_end, **OPTIONS, **options) as session:
-        events = list(session.run(SOURCES[row]))
-        return session, events
-
-
-def same(session, other):
-    for name in ("tokens", "delays", "source_lengths", "target_lengths", "visible", "limits", "ended"):
-        assert getattr(session, name) == getattr(other, name), name
-
-
-def recording(batch):
-    """Per session the logits of every target row that is kept, of which a model answers the last of each step."""
-    model, kept, last = batch._model, [[] for _ in batch], {}
-    step, drop, pop = model.step, model.drop, model.pop
-
-    def record(steps):
-        answers = step(steps)
-        for row, answer in answers.items():
-            last[row] = len(steps[row].target)
-            if not isinstance(answer, Exception) and last[row]:
-                kept[row] += [None] * (last[row] - 1) + [answer[0]]
-        return answers
-
-    def dropped(row):
-        drop(row)
-        del kept[row][len(kept[row]) - last[row] :]
-
-    def popped(row, n):
-        pop(row, n)
-        del kept[row][len(kept[row]) - n :]
-
-    model.step, model.drop, model.pop = record, dropped, popped
-    return kept
-
-
-def agree_with_one_shot(model, batch, kept, one_shot, offset, tolerance):
-    for row, session in enumerate(batch):
-        encoded = [session.codec.encode(word, i == 0) for i, word in enumerate(SOURCES[row])]
-        source = [4, 5, *(t for word in encoded for t in word), 9][: sum(session.source_lengths)]
-        target = [7, 8, *session.tokens][: len(kept[row])]
-        _, want = one_shot(model, source, target, session.limits, offset)
-        have = [j for j, logits in enumerate(kept[row]) if logits is not None]
-        got = torch.stack([kept[row][j] for j in have])
-        assert len(have) == len(target) - 1 and (got - want[have]).abs().max() <= tolerance
+from .batch_sessions import (
+    OPTIONS,
+    SOURCES,
+    WORDS,
+    agree_with_one_shot,
+    alone,
+    finish,
+    going,
+    live_session,
+    never_end,
+    policies,
+    recording,
+    same,
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -167,27 +120,6 @@ def test_live_calls_faults_and_a_cancelled_row(tiny, monkeypatch):
             session.end()
             session.write()
             same(batch[3], session)
-
-
-def live_session(model, row):
-    with StreamSession(model, ByT5Tokenizer(), policies()[row], sample=never_end, **OPTIONS) as session:
-        finish(session, SOURCES[row])
-        return session
-
-
-def finish(session, words):
-    """Hand over what is left, as far as the text goes."""
-    for word in words:
-        if not session.ended:
-            session.read(word)
-            session.write()
-    if not session.ended:
-        session.end()
-        session.write()
-
-
-def going(batch, rows):
-    return [row for row in rows if not batch[row].ended]
 
 
 def test_a_full_fixed_cache_stops_one_session(tiny):
@@ -426,164 +358,3 @@ def test_sampling_follows_the_distribution():
         Decoding(processors=[3])
     stops = Decoding(criteria=[EosTokenCriteria(5)])
     assert stops.stops([1, 5], logits) and not stops.stops([5, 1], logits)
-
-
-# graphs: the machinery on the CPU, with a graph that is replayed by calling it
-
-
-def test_a_compiled_model(tiny):
-    """Sessions call what torch.compile returned: few graphs, no break, the same texts, and the same error when full."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    model = tiny("qwen2", vocab=384)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    sk.patch(compiled).undo()
-    more = {"fused": True, **OPTIONS}
-    with pytest.raises(ValueError, match="cache: expected a fixed cache for a compiled model"):
-        StreamSession(compiled, ByT5Tokenizer(), WaitK(1), **more)
-    assert handle_of(model) is None
-    cache = GroupedCache.for_model(compiled, 4, capacity=(128, 64), fixed=True)
-    with SessionBatch(
-        compiled, ByT5Tokenizer(), policies(), cache=cache, sample=lambda row: never_end, **more
-    ) as batch:
-        list(batch.run(SOURCES))
-    # one row, several rows, and what a second call of either finds changed
-    assert 1 <= counter.frame_count <= 4 and sum(s.counts.forwards for s in batch) > 40
-    for row, session in enumerate(batch):
-        same(session, alone(model, row)[0])
-    frames, cache = counter.frame_count, GroupedCache.for_model(model, capacity=(24, 64), fixed=True)
-    with StreamSession(compiled, ByT5Tokenizer(), WaitK(1), cache=cache, sample=never_end, **more) as session:
-        with pytest.raises(ValueError, match="source"):
-            list(session.run(SOURCES[2]))
-        assert counter.frame_count > frames and len(session.tokens) > 4
-
-
-class Replayed:
-    """What a captured graph does: the same work again, in the same memory, without telling the host."""
-
-    def __init__(self, run, stream):
-        self.run, self.stream = run, stream
-        self.out = run()
-
-    def replay(self):
-        with cache_room.unchanged_bounds(self.stream):
-            self.out.copy_(self.run())
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_graphs_of_a_batch(tiny, family, monkeypatch):
-    model = tiny(family, vocab=384)
-    captured = []
-    cache = GroupedCache.for_model(model, 4, capacity=(64, 32), fixed=True)
-
-    def capture(run, pool, device):
-        captured.append(run)
-        graph = Replayed(run, cache.stream)
-        return graph, graph.out
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs.StepGraphs, "possible", staticmethod(lambda device: True))
-    with SessionBatch(
-        model,
-        ByT5Tokenizer(),
-        policies(),
-        cache=cache,
-        offset=2.5,
-        fused=True,
-        graphs=True,
-        sample=lambda row: never_end,
-        **OPTIONS,
-    ) as batch:
-        exact, kept = [], []
-        step = batch._model.step
-
-        def watched(steps):
-            answers = step(steps)
-            exact.append(cache.stream._lengths.exact)
-            kept.extend((a, a.clone()) for row, a in answers.items() if steps[row].target)
-            return answers
-
-        batch._model.step = watched
-        list(batch.run(SOURCES))
-        # no later replay writes over logits that a session may still look at
-        assert all(torch.equal(a, b) for a, b in kept)
-        assert all(exact) and 2 < len(captured) <= 2 * len(graphs.BUCKETS)
-        assert cache.stream.length(0).tolist() == batch._model.lengths
-        assert [cache.stream.longest(r) for r in (0, 1)] == [max(n[r] for n in batch._model.lengths) for r in (0, 1)]
-        for row, session in enumerate(batch):
-            same(session, alone(model, row, offset=2.5)[0])
-        assert captured
-        before = len(captured)
-        # a chunk beyond the largest bucket goes without a graph
-        batch.reset(0, policy=ReadAll())
-        batch.read({0: "a" * 40}, flush=True)
-        assert len(captured) == before + 1
-    single = GroupedCache.for_model(model, capacity=(64, 32), fixed=True)
-    cache = single
-    with StreamSession(
-        model, ByT5Tokenizer(), WaitK(1), cache=single, graphs=True, fused="auto", sample=never_end, **OPTIONS
-    ) as session:
-        list(session.run(SOURCES[0]))
-    same(session, alone(model, 0)[0])
-    assert len(captured) > before + 1
-    with pytest.raises(ValueError, match="graphs: cache: expected a fixed, unbounded cache"):
-        StreamSession(model, ByT5Tokenizer(), WaitK(1), header=[7], graphs=True)
-    assert handle_of(model) is None
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
-@pytest.mark.parametrize("offset", [0, 2.5])
-def test_cuda_graphs(tiny, family, offset):
-    model = tiny(family, vocab=384, dtype=torch.float32).cuda()
-    want = []
-    with SessionBatch(
-        model, ByT5Tokenizer(), policies(), offset=offset, fused=True, sample=lambda row: never_end, **OPTIONS
-    ) as batch:
-        kept = recording(batch)
-        list(batch.run(SOURCES))
-        want = [(s.tokens, s.limits) for s in batch]
-    cache = GroupedCache.for_model(model, 4, capacity=(128, 64), fixed=True)
-    for _ in range(2):
-        with SessionBatch(
-            model,
-            ByT5Tokenizer(),
-            policies(),
-            cache=cache,
-            offset=offset,
-            fused=True,
-            graphs=True,
-            sample=lambda row: never_end,
-            **OPTIONS,
-        ) as batch:
-            replayed = recording(batch)
-            list(batch.run(SOURCES))
-            assert cache.stream.length(0).tolist() == batch._model.lengths
-            cache.stream.check()
-            for row in range(4):
-                assert (batch[row].tokens, batch[row].limits) == want[row]
-                for a, b in zip(replayed[row], kept[row], strict=True):
-                    assert a is None or (a - b).abs().max() <= 1e-4 * max(1.0, b.abs().max().item())
-            for row in range(4):
-                batch[row].reset()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation is a GPU's affair")
-@pytest.mark.parametrize("use_graphs", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_a_step_reads_nothing_but_its_tokens(tiny, family, use_graphs):
-    model = tiny(family, vocab=384, dtype=torch.bfloat16).cuda()
-    cache = GroupedCache.for_model(model, 2, capacity=(128, 128), fixed=True)
-    with sk.patch(model, fused=True):
-        batch = PatchedBatch(model, cache, graphs=use_graphs)
-        for _ in range(2):
-            batch.step({0: Step([5, 6], [7], [2]), 1: Step([], [8], [0])})
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for n in range(5):
-                batch.step({0: Step([5, 6], [7], [2 * n + 6]), 1: Step([], [8], [0])})
-                batch.drop(1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def incremental_prefill(
     if (known := _known.get(key)) is not None:
         staged = cache.stage(layer, role, q.shape[2])
         if not (source_limit is source_begin is target_begin is None):
-            known = replace(known, source_limit=source_limit, source_begin=source_begin, target_begin=target_begin)
+            known = known._replace(source_limit=source_limit, source_begin=source_begin, target_begin=target_begin)
         o, lse = attend(q, k, v, cos, sin, None, staged, known)
         return (o, lse) if return_lse else o
     shapes = check_chunk(OP, k, v, cos, sin, cache, layer, role)
@@ -133,7 +132,7 @@ def incremental_prefill(
     else:
         o, lse = attend(q, k, v, cos, sin, sink_logits, staged, options)
         # another call of this look has other limits, and this one's are not to be kept alive
-        _known.keep(key, replace(options, source_limit=None, source_begin=None, target_begin=None))
+        _known.keep(key, options._replace(source_limit=None, source_begin=None, target_begin=None))
     return (o, lse) if return_lse else o
 
 

@@ -3,8 +3,7 @@ before is constant."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from ..known import undispatched
 from .schema import OP, run
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a call says beside its rows, as the registered op takes it: begins and limits int32 [B, T] or None, softcap
     0 for none."""
 
