@@ -51,17 +51,25 @@ struct Fragments {
   }
 };
 
-// s = q k^T for the warp's keys of the tile at `keys`.
+// Begins s = q k^T of a warpgroup.
 template <class S>
-__device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
+__device__ __forceinline__ void begin_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
   if constexpr (S::kWgmma) {
     const uint32_t q = low_word(f.query_tile + f.row_bytes, 16), k = low_word(keys + f.key_bytes, 16);
-    open_products();
 #pragma unroll
     for (int i = 0; i < S::D / 16; ++i) {
       Product<typename S::Element, S::kWarpKeys, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
                                                              describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
     }
+  }
+}
+
+// s = q k^T for the warp's keys of the tile at `keys`.
+template <class S>
+__device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
+  if constexpr (S::kWgmma) {
+    open_products();
+    begin_scores<S>(s, f, keys);
     finish_products();
   } else {
 #pragma unroll
@@ -86,17 +94,26 @@ __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], con
   }
 }
 
+// Begins o += p v of a warpgroup.
+template <class S>
+__device__ __forceinline__ void begin_values(State<S>& state, const Fragments<S>& f,
+                                             const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
+  if constexpr (S::kWgmma) {
+    const uint32_t v = low_word(values + f.key_bytes, S::kKeys * 128);
+#pragma unroll
+    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
+      Product<typename S::Element, S::D, true>::run(state.o, p[n], describe(v, n * 16 * 128), true);
+    }
+  }
+}
+
 // o += p v
 template <class S>
 __device__ __forceinline__ void add_values(State<S>& state, const Fragments<S>& f,
                                            const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
   if constexpr (S::kWgmma) {
-    const uint32_t v = low_word(values + f.key_bytes, S::kKeys * 128);
     open_products();
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
-      Product<typename S::Element, S::D, true>::run(state.o, p[n], describe(v, n * 16 * 128), true);
-    }
+    begin_values<S>(state, f, p, values);
     finish_products();
   } else {
 #pragma unroll
@@ -127,17 +144,16 @@ __device__ __forceinline__ void cap_scores(float (&s)[S::kWarpKeys / 8][4], floa
 // Weights may grow to 2^kSlack before o and l are rescaled: maxima rise often, but rarely by much.
 constexpr float kSlack = 8.f;
 
-// Folds scores into (m, l), rescales o if it must, and leaves the weights as a product's left side.
+// Raises the maxima to those of new scores, where they must be raised; then true, and what o must be multiplied by.
 template <class S>
-__device__ __forceinline__ void update(State<S>& state, const float (&s)[S::kWarpKeys / 8][4], float scale,
-                                       uint32_t (&p)[S::kWarpKeys / 16][4]) {
-  constexpr int kBlocks = S::kWarpKeys / 8;
+__device__ __forceinline__ bool raise(State<S>& state, const float (&s)[S::kWarpKeys / 8][4], float scale,
+                                      float (&alpha)[2]) {
   float top[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float half[2];  // two chains take half the time of one
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int n = 0; n < S::kWarpKeys / 8; ++n) {
       const float both = fmaxf(s[n][2 * i], s[n][2 * i + 1]);
       half[n % 2] = n < 2 ? both : fmaxf(half[n % 2], both);
     }
@@ -145,33 +161,58 @@ __device__ __forceinline__ void update(State<S>& state, const float (&s)[S::kWar
     top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
     top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2)) * scale;
   }
-  const bool raise[2] = {top[0] > state.m[0] + kSlack, top[1] > state.m[1] + kSlack};
-  if (__any_sync(~0u, raise[0] || raise[1])) {
-    float alpha[2] = {1.f, 1.f};
+  const bool must[2] = {top[0] > state.m[0] + kSlack, top[1] > state.m[1] + kSlack};
+  if (!__any_sync(~0u, must[0] || must[1])) return false;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (!raise[i]) continue;
-      alpha[i] = exp2_fast(state.m[i] - top[i]);
-      state.m[i] = top[i];
-      state.l[i] *= alpha[i];
-    }
-#pragma unroll
-    for (int i = 0; i < S::D / 8; ++i) {
-      state.o[i][0] *= alpha[0], state.o[i][1] *= alpha[0];
-      state.o[i][2] *= alpha[1], state.o[i][3] *= alpha[1];
-    }
+  for (int i = 0; i < 2; ++i) {
+    alpha[i] = 1.f;
+    if (!must[i]) continue;
+    alpha[i] = exp2_fast(state.m[i] - top[i]);
+    state.m[i] = top[i];
+    state.l[i] *= alpha[i];
   }
+  return true;
+}
+template <class S>
+__device__ __forceinline__ void rescale(State<S>& state, const float (&alpha)[2]) {
+#pragma unroll
+  for (int i = 0; i < S::D / 8; ++i) {
+    state.o[i][0] *= alpha[0], state.o[i][1] *= alpha[0];
+    state.o[i][2] *= alpha[1], state.o[i][3] *= alpha[1];
+  }
+}
+
+// Turns scores into weights, and adds them to l.
+template <class S>
+__device__ __forceinline__ void weigh(State<S>& state, float (&s)[S::kWarpKeys / 8][4], float scale) {
   const float shift[2] = {state.m[0] == -INFINITY ? 0.f : state.m[0], state.m[1] == -INFINITY ? 0.f : state.m[1]};
 #pragma unroll
-  for (int n = 0; n < kBlocks; ++n) {
-    float w[4];
+  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) w[j] = exp2_fast(fmaf(s[n][j], scale, -shift[j / 2]));
-    state.l[0] += w[0] + w[1];
-    state.l[1] += w[2] + w[3];
-    p[n / 2][n % 2 * 2] = pack(typename S::Element{}, w[0], w[1]);
-    p[n / 2][n % 2 * 2 + 1] = pack(typename S::Element{}, w[2], w[3]);
+    for (int j = 0; j < 4; ++j) s[n][j] = exp2_fast(fmaf(s[n][j], scale, -shift[j / 2]));
+    state.l[0] += s[n][0] + s[n][1];
+    state.l[1] += s[n][2] + s[n][3];
   }
+}
+// Weights as a product's left side.
+template <class S>
+__device__ __forceinline__ void pack_weights(const float (&w)[S::kWarpKeys / 8][4],
+                                             uint32_t (&p)[S::kWarpKeys / 16][4]) {
+#pragma unroll
+  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
+    p[n / 2][n % 2 * 2] = pack(typename S::Element{}, w[n][0], w[n][1]);
+    p[n / 2][n % 2 * 2 + 1] = pack(typename S::Element{}, w[n][2], w[n][3]);
+  }
+}
+
+// Folds scores into (m, l), rescales o if it must, and leaves the weights.
+template <class S>
+__device__ __forceinline__ void update(State<S>& state, float (&s)[S::kWarpKeys / 8][4], float scale,
+                                       uint32_t (&p)[S::kWarpKeys / 16][4]) {
+  float alpha[2];
+  if (raise<S>(state, s, scale, alpha)) rescale<S>(state, alpha);
+  weigh<S>(state, s, scale);
+  pack_weights<S>(s, p);
 }
 
 // Hides what the two rows of this thread do not see of one segment: keys [first, + kWarpKeys) by stream index.

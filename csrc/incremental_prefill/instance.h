@@ -20,6 +20,7 @@ struct Plan {
   int R, tiles_m;        // H / HK; tiles of the T * R rows of a key head
   uint32_t by_R;         // 2^32 / R, rounded up: n / R is the high word of the product
   int workers_each;      // whole workers for each item
+  int own_rows, inbox;   // plain/: rows of a tile that a block joins; where it takes in their parts
   int begin;             // steps that beginning an item counts for, where sessions differ
   uint64_t keep;         // how long the L2 should keep keys
   bool plain;            // one session whose rows all see every key before them

@@ -44,6 +44,7 @@ __device__ __forceinline__ void merge(const Params& p, const Plan& plan, const R
     if (static_cast<int>(threadIdx.x) < workers) prefetch(partial_of(first_worker + threadIdx.x).o);
     if (threadIdx.x == S::kThreads - 1) prefetch(counter);
   }
+  const auto is_padding = [&](int row) { return rows.sights[divide_by_R(plan, at.first_row + row)].y < 0; };
   constexpr int kFours = S::D / 4;
   float2* joined = statistics + S::kWarpsS * S::kRows;
   const auto warps = [&](int row, int column) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ void merge(const Params& p, const Plan& plan, const R
       }
     }
     if (alone) {
-      finish<S>(p, plan, at, rows, row, column, part);
+      finish<S>(p, plan, at, is_padding(row), row, column, part);
     } else {
       partial_of(worker).put(row, column, part);
     }
@@ -123,7 +124,7 @@ __device__ __forceinline__ void merge(const Params& p, const Plan& plan, const R
     }
 #pragma unroll 1
     for (int i = base, n = 0; n < kAtOnce && i < mine.end; ++n, i += S::kThreads) {
-      finish<S>(p, plan, at, rows, i / kFours, i % kFours * 4, part[0]);
+      finish<S>(p, plan, at, is_padding(i / kFours), i / kFours, i % kFours * 4, part[0]);
       part[0] = part[1];
     }
   }

@@ -12,6 +12,7 @@
 #include "incremental_prefill/fresh.cuh"
 #include "incremental_prefill/instance.h"
 #include "incremental_prefill/join.cuh"
+#include "incremental_prefill/touch.cuh"
 #include "incremental_prefill/walk.cuh"
 #include "streamkernels/overlap.cuh"
 
@@ -184,19 +185,6 @@ __device__ __forceinline__ void attend(const Params& p, const Plan& plan, const 
     add_values<S>(state, fragments, weights, keys + S::kMatrix);
   }
   wait_groups<0>();
-}
-
-// The constant cache is cold at first, and a warp waits for each line of the arguments that it needs: here the warps
-// bring them in side by side. `anywhere`: room for a word per thread, or the compiler would drop what nobody reads.
-template <class S, typename Arguments>
-__device__ __forceinline__ void touch(const Arguments& arguments, uint32_t* anywhere) {
-  constexpr int kLine = 16, kLines = (sizeof(Arguments) / 4 + kLine - 1) / kLine;  // of 4-byte words
-  const auto* words = reinterpret_cast<const uint32_t*>(&arguments);
-  const int line = threadIdx.x / 32;
-#pragma unroll
-  for (int i = 0; i < kLines; i += S::kThreads / 32) {
-    if (i + line < kLines) anywhere[threadIdx.x] = words[(i + line) * kLine];
-  }
 }
 
 // The item at step `now` of the list, which its session begins at `before`, and what this block does of it: all that

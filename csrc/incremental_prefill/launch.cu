@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "incremental_prefill/instance.h"
+#include "incremental_prefill/plain/config.h"
 #include "incremental_prefill/plan.h"
 #include "incremental_prefill/tuning.h"
 #include "streamkernels/error.h"
@@ -212,27 +213,22 @@ Workspace workspace(const Params& p, DType dtype, int device) {
   // enough for clusters of every size
   const Config c = configure(p, dtype, device);
   const size_t workers = machine(device).processors;
-  return {static_cast<size_t>(c.items) * kMaxCluster, 2 * workers * c.instance->partial * sizeof(float)};
+  const Workspace plain = p.B == 1 ? plain_workspace(p, dtype, device) : Workspace{0, 0};
+  return {std::max(plain.counters, static_cast<size_t>(c.items) * kMaxCluster),
+          std::max(plain.partials, 2 * workers * c.instance->partial * sizeof(float))};
 }
 
-void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
-  const DeviceGuard guard(device);
-  const Config c = configure(p, dtype, device);
+namespace {
+
+// What both kernels are told of a call.
+Plan plan_of(const Params& p) {
   Plan plan{};
-  plan.stages = c.stages;
-  const int steps = std::max(1, (tuning().smallest ? tuning().smallest : kWorthABlock) / c.instance->keys) * c.cluster;
-  while (1 << (plan.smallest + 1) <= steps) ++plan.smallest;
   plan.R = p.H / p.HK;
   plan.by_R = static_cast<uint32_t>(((uint64_t{1} << 32) + plan.R - 1) / plan.R);
-  plan.tiles_m = c.items / (p.B * p.HK);
-  plan.workers_each = c.workers / c.items;
   const bool bounded = p.segments[0].window > 0 || p.segments[1].window > 0;
   const bool looks = p.role != nullptr || p.limit.data != nullptr || p.segments[0].begin.data != nullptr ||
                      p.segments[1].begin.data != nullptr;
   plan.plain = p.B == 1 && !bounded && !looks && (p.segment == kSource || p.segment == kTarget);
-  plan.keep = plan.tiles_m == 1 && tuning().keep == 0 ? kStream : kKeep;
-  // a cluster's step is as many times shorter as it has blocks
-  plan.begin = p.B > 1 ? (tuning().begin ? tuning().begin - 1 : kBeginning) * c.cluster : 0;
   const bool angles = wide_angles(p);
   plan.wide_q = angles && aligned(p.q, 2);
   plan.wide_kv = angles && aligned(p.k, 2) && aligned(p.v, 2);
@@ -244,26 +240,69 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
     plan.outer = p.softcap * kLog2E;
     plan.scale = 1.f;
   }
+  return plan;
+}
+
+// 2^result keys' tiles are worth a cluster of `blocks`.
+int smallest_of(int keys, int blocks) {
+  const int steps = std::max(1, (tuning().smallest ? tuning().smallest : kWorthABlock) / keys) * blocks;
+  int smallest = 0;
+  while (1 << (smallest + 1) <= steps) ++smallest;
+  return smallest;
+}
+
+void launch_clusters(Kernel kernel, const Params& p, const Plan& plan, int clusters, int size, int threads, int shared,
+                     int device, uintptr_t stream) {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2]{};
-  config.gridDim = dim3(c.workers * c.cluster);
-  config.blockDim = dim3(c.instance->threads);
-  config.dynamicSmemBytes = c.shared;
+  config.gridDim = dim3(clusters * size);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   if (can_overlap(device)) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (c.cluster > 1) {
+  if (size > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(size), 1, 1};
   }
-  check(cudaLaunchKernelEx(&config, c.instance->kernel, p, plan), "incremental_prefill: launching");
+  check(cudaLaunchKernelEx(&config, kernel, p, plan), "incremental_prefill: launching");
+}
+
+}  // namespace
+
+void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
+  const DeviceGuard guard(device);
+  Plan plan = plan_of(p);
+  if (plan.plain && plan.wide_q && plan.wide_kv) {
+    if (const auto c = plain_config(p, dtype, device)) {
+      plan.stages = c->stages;
+      plan.smallest = smallest_of(c->instance->keys, c->cluster);
+      plan.tiles_m = c->tiles_m;
+      plan.workers_each = c->parts;
+      plan.own_rows = c->own_rows;
+      plan.inbox = c->inbox;
+      plan.keep = plan.tiles_m == 1 ? kStream : kKeep;
+      return launch_clusters(c->instance->kernel, p, plan, p.HK * c->tiles_m * c->parts, c->cluster,
+                             c->instance->threads, c->shared, device, stream);
+    }
+  }
+  const Config c = configure(p, dtype, device);
+  plan.stages = c.stages;
+  plan.smallest = smallest_of(c.instance->keys, c.cluster);
+  plan.tiles_m = c.items / (p.B * p.HK);
+  plan.workers_each = c.workers / c.items;
+  plan.keep = plan.tiles_m == 1 && tuning().keep == 0 ? kStream : kKeep;
+  // a cluster's step is as many times shorter as it has blocks
+  plan.begin = p.B > 1 ? (tuning().begin ? tuning().begin - 1 : kBeginning) * c.cluster : 0;
+  launch_clusters(c.instance->kernel, p, plan, c.workers, c.cluster, c.instance->threads, c.shared, device, stream);
 }
 
 void preload(int device) {
   const DeviceGuard guard(device);
+  plain_preload(device);
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     for (const int D : kHeadDims) {
       const Instance* all = table(dtype, D);

@@ -68,11 +68,11 @@ struct Target {
 };
 
 template <class S>
-__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, const Rows2& rows, int row,
+__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, bool padding, int row,
                                        int column, Part part) {
   using Element = typename S::Element;
   const int at = to.first_row + row, t = divide_by_R(plan, at), h = to.hk * plan.R + at - t * plan.R;
-  if (rows.sights[t].y < 0) part = nothing();
+  if (padding) part = nothing();
   const float lse = part.l == 0.f ? -INFINITY : (part.m + log2_fast(part.l)) * 0.6931471805599453f;
   float gate = part.l == 0.f ? 0.f : 1.f / part.l;
   if (p.sink_logits != nullptr && part.l != 0.f) {
@@ -94,8 +94,9 @@ struct Partial {
 
   static constexpr int64_t kFloats = int64_t{S::kRows} * (S::D + 2);
 
+  __device__ __forceinline__ Partial(float* all, int place) : o(all + int64_t{place} * kFloats) {}
   __device__ __forceinline__ Partial(float* all, int worker, bool begins_inside)
-      : o(all + (int64_t{worker} * 2 + (begins_inside ? 0 : 1)) * kFloats) {}
+      : Partial(all, 2 * worker + (begins_inside ? 0 : 1)) {}
   __device__ __forceinline__ void put(int row, int column, const Part& part) const {
     __stcg(reinterpret_cast<float4*>(o + row * S::D + column), part.o);
     if (column == 0) __stcg(reinterpret_cast<float2*>(o + S::kRows * S::D + 2 * row), make_float2(part.m, part.l));

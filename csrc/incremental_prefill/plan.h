@@ -220,4 +220,10 @@ SK_HOST_DEVICE Range beside_fresh(Range whole, int i, int log) {
   return {begin + divide(rest * (i - 1), others), begin + divide(rest * i, others)};
 }
 
+// Part `i` of `n` of the same, where part 0 has one step besides if `fresh`.
+SK_HOST_DEVICE Range cut(Range whole, int i, int n, bool fresh) {
+  const int size = whole.end - whole.begin + fresh, begin = divide(size * i, n), end = divide(size * (i + 1), n);
+  return {whole.begin + most(begin - fresh, 0), whole.begin + most(end - fresh, 0)};
+}
+
 }  // namespace sk::incremental_prefill

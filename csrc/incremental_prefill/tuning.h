@@ -8,6 +8,8 @@ struct Tuning {
   int cluster = 0;   // blocks
   int smallest = 0;  // keys that are worth a block of their own
   int keep = 0;      // 1: keys like anything else in the L2
+  int plain = 0;     // blocks of a cluster for plain sessions; -1: the general kernel
+  int parts = 0;     // clusters that share an item of a plain session
   int begin = 0;     // 1 + steps that beginning an item counts for
 };
 

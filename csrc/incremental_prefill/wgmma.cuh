@@ -34,6 +34,14 @@ __device__ __forceinline__ void open_products() {
 __device__ __forceinline__ void finish_products() {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
 }
+// Closes a group of products; waits until at most N groups are under way.
+__device__ __forceinline__ void close_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
+}
 // What this thread wrote to shared memory is seen by products, after a barrier.
 __device__ __forceinline__ void publish() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS, MAX_SESSIONS = 512, 1024
 DECODE_ROWS, MANY_SESSIONS = 16, 8
+PLAIN_HEAD_DIMS, PLAIN_ROWS = (64, 128), 64
 _WORDS = struct.Struct("<70q2d6q")
 
 
@@ -37,10 +38,27 @@ def reason(call: Call) -> str | None:
 
 def hands_over(call: Call) -> bool:
     """Where Triton was faster on an H200: many rows per key head in few sessions (one of 32 rows and 7 query heads per
-    key head: 10 to 30 % up to 64k keys; but 20 to 50 % slower in ragged batches of 8 to 64 sessions)."""
+    key head: 10 to 30 % up to 64k keys; but 20 to 50 % slower in ragged batches of 8 to 64 sessions), unless the
+    kernel for plain sessions runs (csrc/incremental_prefill/plain: 5 to 50 % faster than Triton's up to 64 rows)."""
     sizes = call.sizes
     rows = sizes.get("T", 1) * (sizes.get("H", 1) // sizes.get("HK", 1))
-    return rows > DECODE_ROWS and sizes.get("B", 1) < MANY_SESSIONS
+    return rows > DECODE_ROWS and sizes.get("B", 1) < MANY_SESSIONS and not _is_plain(call)
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether one session's rows all see every key before them, on Hopper."""
+    sizes = call.sizes
+    if sizes.get("B", 1) > 1 or sizes.get("T", 1) > PLAIN_ROWS or sizes.get("D", 64) not in PLAIN_HEAD_DIMS:
+        return False
+    return call.features.isdisjoint(("roles", "limits", "begins", "bounded")) and _is_hopper(call.device)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+# a constant to torch.compile, as in cuda.py
+_is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def incremental_prefill(

@@ -24,6 +24,9 @@ CASES = [
     Case(B=2, T=20, D=256, window=(64, 32), ring_sinks=4, capacity=(87, 55), length=(1000, 500), role="mixed"),
     Case(layout="odd", T=3),
     Case(T=30, H=14, HK=2, length=(2000, 100)),
+    Case(T=8, H=14, HK=2, length=(3000, 100)),
+    Case(T=33, H=14, HK=2, D=64, role="source", length=(500, 100), capacity=(520, 100)),
+    Case(T=64, H=14, HK=2, dtype=torch.float16, length=(1000, 3000)),
 ]
 
 

@@ -35,6 +35,12 @@ LARGE = [
     Case(H=28, HK=4, T=8, length=(4097, 500), limits="random"),
     Case(H=28, HK=4, T=32, length=(4097, 500), role="mixed"),
     Case(H=28, HK=4, T=8, length=(70000, 3000)),
+    Case(H=28, HK=4, T=1, length=(500, 9000), dtype=FP16),
+    Case(H=28, HK=4, T=9, length=(9000, 9001), D=64),
+    *(Case(H=28, HK=4, T=32, length=(4000, 97 + 64 * n)) for n in range(4)),
+    Case(H=28, HK=4, T=33, length=(20000, 300), role="source"),
+    Case(H=28, HK=4, T=64, length=(3000, 3000), softcap=20.0, sink_logits=True),
+    Case(H=32, HK=32, T=40, length=(600, 70), D=64, capacity=(600, 90)),
     Case(H=14, HK=2, T=128, length=(9000, 500)),
     Case(H=14, HK=2, T=511, length=(1500, 500), role="mixed", limits="random"),
     Case(H=14, HK=2, T=512, length=(1500, 500), D=64),
@@ -141,9 +147,36 @@ def test_garbage_lengths_read_nothing_outside() -> None:
             assert torch.isfinite(o[1]).all()
 
 
-def test_influence() -> None:
+@pytest.mark.parametrize("T", [1, 9, 40])
+@pytest.mark.parametrize("segment", [0, 1])
+def test_plain_calls_agree_with_calls_that_say_so_by_roles(T: int, segment: int) -> None:
+    """A session whose rows are all of one segment has a kernel of its own on Hopper, for any lengths."""
+    for lengths in ((0, 0), (5, -3), (-5, 20), (-(2**31), 64), (2**31 - 1, 30), (30, 2**31 - 1), (64, 65), (103, 99)):
+        call = make_call(Case(T=T, H=14, HK=2, capacity=(104, 130), length=(20, 20)))
+        for x in call[BUFFERS]:
+            x.copy_(torch.randn_like(x))
+        call[9] = torch.tensor([lengths], dtype=torch.int32, device=DEVICE)
+        call[12] = segment
+        ours, theirs = copy_of(call), copy_of(call)
+        theirs[11] = torch.full((1, T), segment, dtype=torch.int8, device=DEVICE)
+        o, lse = cuda.incremental_prefill(*ours)
+        other_o, other_lse = cuda.incremental_prefill(*theirs)
+        torch.testing.assert_close(o, other_o, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, other_lse, rtol=1e-3, atol=1e-3)
+        for x, y in zip(ours[5:STATUS + 1], theirs[5:STATUS + 1], strict=True):
+            assert torch.equal(x, y), lengths
+
+
+INFLUENCE = [
+    Case(B=1, T=11, role="mixed", limits="random", begins=True, sinks=(1, 2), length=(150, 90)),
+    Case(B=1, T=11, length=(150, 90)),
+    Case(B=1, T=33, role="source", length=(150, 90)),
+]
+
+
+@pytest.mark.parametrize("case", INFLUENCE, ids=str)
+def test_influence(case: Case) -> None:
     """A key that is changed changes the rows that see it, and no other."""
-    case = Case(B=1, T=11, role="mixed", limits="random", begins=True, sinks=(1, 2), length=(150, 90))
     call = make_call(case)
     before, _ = cuda.incremental_prefill(*copy_of(call))
     placed = reference.place_rows(call[9], call[11], call[12], case.T)
@@ -185,6 +218,26 @@ def test_a_graph_follows_lengths_and_roles() -> None:
             assert (o.float() - want.float()).abs().max() < 0.05
 
 
+def test_a_graph_of_a_plain_session_follows_lengths() -> None:
+    static = make_call(Case(H=28, HK=4, T=8, length=(1000, 200), capacity=(4000, 9000)))
+    for x in static[BUFFERS]:
+        x.copy_(torch.randn_like(x))
+    cuda.incremental_prefill(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, lse = cuda.incremental_prefill(*static)
+    random = torch.Generator(DEVICE).manual_seed(3)
+    for i in range(1000):
+        static[9].copy_(torch.randint(0, 3900 if i % 2 else 300, (1, 2), generator=random, device=DEVICE))
+        graph.replay()
+        if i % 50 < 2:
+            eager_o, eager_lse = cuda.incremental_prefill(*static)
+            assert torch.equal(o, eager_o) and torch.equal(lse, eager_lse)
+            want, _ = reference.incremental_prefill(*copy_of(static))
+            assert (o.float() - want.float()).abs().max() < 0.05
+
+
 def test_a_full_segment_sets_the_status_word() -> None:
     call = make_call(Case(role="source", T=8, capacity=(104, 64), length=(100, 3)))
     static = copy_of(call)
@@ -193,8 +246,9 @@ def test_a_full_segment_sets_the_status_word() -> None:
     assert not static[5][:, :, 100:].isnan().any() and static[7][:, :, 3:].isnan().all()
 
 
-def test_two_streams_at_once() -> None:
-    calls = [make_call(LARGE[2], seed) for seed in (0, 1)]
+@pytest.mark.parametrize("case", LARGE[2:4], ids=str)
+def test_two_streams_at_once(case: Case) -> None:
+    calls = [make_call(case, seed) for seed in (0, 1)]
     want = [cuda.incremental_prefill(*copy_of(call)) for call in calls]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in calls]

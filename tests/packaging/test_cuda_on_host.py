@@ -323,6 +323,22 @@ def test_prefill_parts_tile_their_range(native: ctypes.CDLL, fresh: bool) -> Non
             assert max(others) <= -(-(size + 2) // 2**log) + 1
 
 
+def test_prefill_cuts_a_range_for_any_number_of_blocks(native: ctypes.CDLL) -> None:
+    """Beside the call's new rows, which are a tile, part 0 gets one less."""
+    out = (ctypes.c_int * 2)()
+    for begin, size, n, fresh in itertools.product((0, 7, 10**4), (0, 1, 5, 17, 4103), (2, 3, 11, 16), (False, True)):
+        at, sizes = begin, []
+        for i in range(n):
+            native.cut_of(begin, begin + size, i, n, fresh, out)
+            assert out[0] == at
+            at = out[1]
+            sizes.append(out[1] - out[0])
+        assert at == begin + size
+        sizes[0] += fresh
+        if size + fresh >= n:
+            assert max(sizes) - min(sizes) <= 1
+
+
 def test_prefill_plans_plain_sessions_alike(native: ctypes.CDLL) -> None:
     """The short way for one session whose rows see all before them finds what the long way finds."""
     short, long = (ctypes.c_int * 17)(), (ctypes.c_int * 17)()

@@ -158,6 +158,13 @@ EXPORT void part_of(int begin, int end, int i, int log, bool fresh, int* out) {
   out[1] = r.end;
 }
 
+// part i of n of [begin, end), beside one more step or not
+EXPORT void cut_of(int begin, int end, int i, int n, bool fresh, int* out) {
+  const auto r = sk::incremental_prefill::cut({begin, end}, i, n, fresh);
+  out[0] = r.begin;
+  out[1] = r.end;
+}
+
 // steps of an item and of a share when `items` of `steps` are alike, for workers of `blocks`
 EXPORT void shares_of(int items, int steps, int workers, int smallest, int blocks, int* out) {
   const auto s = sk::incremental_prefill::even_shares(items, steps, workers, workers / items, smallest, blocks);

@@ -1,0 +1,7 @@
+#include "incremental_prefill/plain/instance.cuh"
+
+namespace sk::incremental_prefill {
+
+template const PlainInstance* plain_instances<BFloat16>(int D);
+
+}  // namespace sk::incremental_prefill

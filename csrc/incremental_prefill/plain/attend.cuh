@@ -1,0 +1,182 @@
+// One warpgroup over its tiles of the block.
+#pragma once
+
+#include "incremental_prefill/attend.cuh"
+#include "incremental_prefill/plain/join.cuh"
+#include "incremental_prefill/plain/load.cuh"
+
+namespace sk::incremental_prefill {
+
+#if SK_WGMMA
+
+// Hides the keys of a tile below `low` and from `high` on, of the thread's two rows.
+template <int KEYS>
+__device__ __forceinline__ void mask_outside(float (&s)[KEYS / 8][4], int low, const int (&high)[2]) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int key = column + 8 * n + j % 2;
+      if (key < low || key >= high[j / 2]) s[n][j] = -INFINITY;
+    }
+  }
+}
+
+template <class S>
+struct Attention {
+  using Element = typename S::Element;
+  using Layout = PlainLayout<S>;
+  using Scores = float[S::kKeys / 8][4];
+  using Weights = uint32_t[S::kKeys / 16][4];
+
+  const Params& p;
+  const Plan& plan;
+  const Walk& walk;
+  const Rank& rank;
+  uint32_t base;
+  State<S>& state;
+
+  // What the products read: addresses, and how far panels lie apart.
+  __device__ __forceinline__ uint32_t queries() const {
+    const int row = threadIdx.x / 32 % (4 * S::kRowGroups) / 4 * 64;
+    return low_word(base + Layout::kQueries + row * 128, 16);
+  }
+  __device__ __forceinline__ uint32_t keys(const Turn& at) const {
+    return low_word(base + Layout::kStages + at.stage * S::kStage, 16);
+  }
+  __device__ __forceinline__ uint32_t values(const Turn& at) const {
+    return low_word(base + Layout::kStages + at.stage * S::kStage + S::kMatrix, S::kKeys * 128);
+  }
+
+  __device__ __forceinline__ void begin_scores(Scores& s, uint32_t q, uint32_t k) const {
+#pragma unroll
+    for (int i = 0; i < S::D / 16; ++i) {
+      Product<Element, S::kKeys, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
+                                             describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
+    }
+  }
+  __device__ __forceinline__ void begin_values(const Weights& w, uint32_t v) const {
+#pragma unroll
+    for (int n = 0; n < S::kKeys / 16; ++n) {
+      Product<Element, S::D, true>::run(state.o, w[n], describe(v, n * 16 * 128), true);
+    }
+  }
+
+  __device__ __forceinline__ void give_back(uint32_t barrier) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+  }
+  // All there is to do for a tile's weights, but for what is left of the tile before.
+  __device__ __forceinline__ void score(Scores& s, uint32_t q, const Turn& at) const {
+    barrier_wait(full<S>(base, at), at.phase);
+    publish();
+    const uint32_t k = keys(at);
+    open_products();
+    begin_scores(s, q, k);
+    finish_products();
+    give_back(empty<S>(base, at));
+  }
+  __device__ __forceinline__ void add(const Weights& w, const Turn& at) const {
+    barrier_wait(full<S>(base, at) + 8, at.phase);
+    publish();
+    const uint32_t v = values(at);
+    open_products();
+    begin_values(w, v);
+    finish_products();
+    give_back(empty<S>(base, at) + 8);
+  }
+
+  // Caps and masks the scores of tile j.
+  __device__ __forceinline__ void finish_scores(Scores& s, int j) const {
+    if (__builtin_expect(plan.inner != 0.f, 0)) cap_scores<S>(s, plan.inner, plan.outer);
+    const bool fresh = j == walk.old_tiles();
+    const int left = fresh ? 0 : walk.left(j, S::kKeys);
+    if (__builtin_expect(left >= S::kKeys, 1)) return;
+    int high[2] = {left, left};
+    if (fresh) {
+      // rows see those before them, but none that has no room
+      const int room = least(p.segments[p.segment].capacity - walk.length, p.T);
+      const int row = rank.at.first_row + threadIdx.x / 32 % (4 * S::kRowGroups) * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) high[i] = least(divide_by_R(plan, row + 8 * i) + 1, room);
+    }
+    mask_outside<S::kKeys>(s, fresh ? -walk.length : 0, high);
+  }
+
+  // Tile by tile, for warpgroups that share out the keys: memory is what they wait for, and a tile's place is given
+  // back before the next one is waited for.
+  __device__ __forceinline__ void one_by_one(int j, int tiles) {
+    Scores s;
+    Weights weights;
+    const uint32_t q = queries();
+    Turn at;
+    at.advance(j, plan.stages);
+#pragma unroll 1
+    for (; j < tiles; j += S::kKeyGroups, at.advance(S::kKeyGroups, plan.stages)) {
+      score(s, q, at);
+      finish_scores(s, j);
+      update<S>(state, s, plan.scale, weights);
+      add(weights, at);
+    }
+  }
+
+  // For warpgroups that share out the rows, where products are most of the work: while a tile's values are added the
+  // scores of the next one are weighed (FlashAttention-3, arXiv 2407.08608, section 3.2).
+  __device__ __forceinline__ void pipelined(int tiles) {
+    Scores s;
+    Weights weights;
+    const uint32_t q = queries();
+    Turn at;
+    if (tiles == 0) return;
+    score(s, q, at);
+    finish_scores(s, 0);
+    update<S>(state, s, plan.scale, weights);
+#pragma unroll 1
+    for (int j = 1; j < tiles; ++j) {
+      Turn next = at;
+      next.advance(1, plan.stages);
+      barrier_wait(full<S>(base, next), next.phase);
+      barrier_wait(full<S>(base, at) + 8, at.phase);
+      publish();
+      // looked up before: nothing may come in between
+      const uint32_t k = keys(next), v = values(at);
+      open_products();
+      begin_scores(s, q, k);
+      close_products();
+      begin_values(weights, v);
+      close_products();
+      wait_products<1>();
+      give_back(empty<S>(base, next));
+      finish_scores(s, j);
+      float alpha[2];
+      const bool raised = raise<S>(state, s, plan.scale, alpha);
+      weigh<S>(state, s, plan.scale);
+      // behind a branch: ptxas would wait for the values first and work the weights out later
+      if (__builtin_expect(raised, 0)) {
+        asm volatile("// raised\n");
+        wait_products<0>();
+        rescale<S>(state, alpha);
+      } else {
+        wait_products<0>();
+      }
+      pack_weights<S>(s, weights);
+      give_back(empty<S>(base, at) + 8);
+      at = next;
+    }
+    add(weights, at);
+  }
+
+  __device__ __forceinline__ void run() {
+    // one value for the warp: products are under way across the loop's branches
+    const int tiles = __shfl_sync(~0u, walk.tiles(), 0);
+    if constexpr (S::kKeyGroups > 1) {
+      one_by_one(__shfl_sync(~0u, threadIdx.x / 128, 0), tiles);
+    } else {
+      pipelined(tiles);
+    }
+  }
+};
+
+#endif
+
+}  // namespace sk::incremental_prefill

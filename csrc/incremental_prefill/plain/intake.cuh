@@ -1,0 +1,139 @@
+// What a call brings to a plain session, asked for before lengths are known: queries for those who attend, new rows for
+// those who load.
+#pragma once
+
+#include "incremental_prefill/fresh.cuh"
+#include "incremental_prefill/plain/shape.cuh"
+
+namespace sk::incremental_prefill {
+
+// The rows of a tile, turned, in shared memory: all pairs of a thread at once.
+template <class S>
+struct Queries {
+  using Element = typename S::Element;
+  using Place = typename Pairs<Element>::Place;
+  static constexpr int kPairs = S::D / 16, kHeld = ceil_div(S::kRows * kPairs, S::kReaders);
+
+  Pairs<Element> pairs[kHeld];
+
+  __device__ __forceinline__ void fetch(const Params& p, const Plan& plan, const Target& at, int valid) {
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      const int i = u * S::kReaders + threadIdx.x;
+      if (i >= valid * kPairs) continue;
+      int t;
+      const Element* from = query_at<Element>(p, plan, at, i / kPairs, t);
+      pairs[u].load(p, from, 0, t, i % kPairs, Place(p, i % kPairs));
+    }
+  }
+  // Rows behind the valid ones stay as they are: no row ever reaches another one.
+  __device__ __forceinline__ void put(const Params& p, const Plan& plan, int valid, char* tile) {
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      const int i = u * S::kReaders + threadIdx.x, row = i / kPairs;
+      if (row >= valid) continue;
+      const Place place(p, i % kPairs);
+      pairs[u].turn(p, place);
+      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(row, place.first / 8)) =
+          with_sign(plan, pairs[u].a.bits);
+      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(row, place.second / 8)) =
+          with_sign(plan, pairs[u].b.bits);
+    }
+  }
+};
+
+// The call's own rows as a tile of keys and values, at most kKeys of them, and to where they belong in the cache.
+template <class S>
+struct NewRows {
+  using Element = typename S::Element;
+  using Place = typename Pairs<Element>::Place;
+  static constexpr int kPairs = S::D / 16, kRound = S::kLoaders / kPairs;  // rows at once
+  static constexpr int kHeld = least(2, S::kKeys / kRound);                // rounds that wait in registers
+
+  Pairs<Element> keys[kHeld];
+  uint4 values[kHeld][2];
+
+  __device__ __forceinline__ static int thread() { return threadIdx.x - S::kReaders; }
+
+  __device__ __forceinline__ static const Element* row_of(const Rows& rows, int hk, int t) {
+    return static_cast<const Element*>(rows.data) + hk * rows.head + t * rows.row;
+  }
+  __device__ __forceinline__ void fetch_keys(const Params& p, int hk, int round, int u) {
+    const int t = round * kRound + thread() / kPairs;
+    if (t < p.T) keys[u].load(p, row_of(p.k, hk, t), 0, t, thread() % kPairs, Place(p, thread() % kPairs));
+  }
+  __device__ __forceinline__ void fetch_values(const Params& p, int hk, int round, int u) {
+    const int t = round * kRound + thread() / kPairs;
+    if (t >= p.T) return;
+    const Element* v = row_of(p.v, hk, t);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) values[u][i] = __ldg(reinterpret_cast<const uint4*>(v + column(p, i)));
+  }
+  __device__ __forceinline__ void fetch(const Params& p, int hk) {
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      fetch_keys(p, hk, u, u);
+      fetch_values(p, hk, u, u);
+    }
+  }
+  // The first column of either chunk of this thread's pair.
+  __device__ __forceinline__ static int column(const Params& p, int i) {
+    const Place place(p, thread() % kPairs);
+    return i ? place.second : place.first;
+  }
+  // Where row t of the new ones belongs in a segment's keys or values; null if nowhere.
+  __device__ __forceinline__ static Element* home(const Rows& rows, int capacity, int hk, int index) {
+    return index < 0 || index >= capacity ? nullptr : const_cast<Element*>(row_of(rows, hk, index));
+  }
+
+  // Into the tile, and to the cache if `write`, of which no other block reads these rows. `length`: of their segment.
+  __device__ __forceinline__ void put_keys(const Params& p, int hk, int round, int u, int length, bool write,
+                                           char* tile) {
+    const int t = round * kRound + thread() / kPairs;
+    if (t >= p.T) return;
+    keys[u].turn(p, Place(p, thread() % kPairs));
+    const Segment& s = p.segments[p.segment];
+    Element* const to = write ? home(s.k, s.capacity, hk, length + t) : nullptr;
+    if (write && to == nullptr && hk == 0 && thread() % kPairs == 0) atomicOr(p.status, 1 << p.segment);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 bits = i ? keys[u].b.bits : keys[u].a.bits;
+      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kKeys>(t, column(p, i) / 8)) = bits;
+      if (to != nullptr) *reinterpret_cast<uint4*>(to + column(p, i)) = bits;
+    }
+  }
+  __device__ __forceinline__ void put_values(const Params& p, int hk, int round, int u, int length, bool write,
+                                             char* tile) {
+    const int t = round * kRound + thread() / kPairs;
+    const Segment& s = p.segments[p.segment];
+    Element* const to = write && t < p.T ? home(s.v, s.capacity, hk, length + t) : nullptr;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // what is no key is masked as one, but its values must not be NaN
+      const bool is_key = t < p.T && length + t >= 0;
+      const uint4 bits = is_key ? values[u][i] : make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kKeys>(t, column(p, i) / 8)) = bits;
+      if (to != nullptr) *reinterpret_cast<uint4*>(to + column(p, i)) = bits;
+    }
+  }
+  __device__ __forceinline__ void put_keys(const Params& p, int hk, int length, bool write, char* tile) {
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) put_keys(p, hk, u, u, length, write, tile);
+#pragma unroll 1
+    for (int round = kHeld; round * kRound < p.T; ++round) {
+      fetch_keys(p, hk, round, 0);
+      put_keys(p, hk, round, 0, length, write, tile);
+    }
+  }
+  __device__ __forceinline__ void put_values(const Params& p, int hk, int length, bool write, char* tile) {
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) put_values(p, hk, u, u, length, write, tile);
+#pragma unroll 1
+    for (int round = kHeld; round * kRound < S::kKeys; ++round) {
+      fetch_values(p, hk, round, 0);
+      put_values(p, hk, round, 0, length, write, tile);
+    }
+  }
+};
+
+}  // namespace sk::incremental_prefill

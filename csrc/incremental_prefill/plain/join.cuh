@@ -1,0 +1,105 @@
+// The result of a plain session's item: every block of a cluster sends the others the rows that they join, by the copy
+// engine, and joins its own; clusters are joined as in join.cuh, by whoever arrives last.
+#pragma once
+
+#include "incremental_prefill/merge.cuh"
+#include "incremental_prefill/plain/barrier.cuh"
+#include "incremental_prefill/plain/shape.cuh"
+
+namespace sk::incremental_prefill {
+
+// Whose item it is, and how its rows are shared out: block r of the cluster joins rows [r * own_rows, + own_rows).
+struct Rank {
+  Target at;
+  int valid, item;    // rows of the tile; of all items
+  int block, blocks;  // of the cluster
+  int own_rows, mine;
+};
+
+// A reader's state into the block's shared memory: rows of kRow bytes, one tile of rows per key group.
+template <class S>
+__device__ __forceinline__ void park(State<S>& state, const Rank& rank, char* parked) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = warp / (4 * S::kRowGroups), row = warp % (4 * S::kRowGroups) * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    state.l[i] += __shfl_xor_sync(~0u, state.l[i], 1);
+    state.l[i] += __shfl_xor_sync(~0u, state.l[i], 2);
+    if (row + 8 * i >= rank.valid) continue;
+    float* to = reinterpret_cast<float*>(parked + (group * S::kRows + row + 8 * i) * S::kRow);
+    if (lane % 4 == 0) *reinterpret_cast<float2*>(to + S::D) = make_float2(state.m[i], state.l[i]);
+#pragma unroll
+    for (int n = 0; n < S::D / 8; ++n) {
+      *reinterpret_cast<float2*>(to + 8 * n + lane % 4 * 2) = make_float2(state.o[n][2 * i], state.o[n][2 * i + 1]);
+    }
+  }
+}
+
+// Called by one warp: all that is parked to the blocks that join it, but for this one.
+template <class S>
+__device__ __forceinline__ void send(const Rank& rank, uint32_t parked, uint32_t inbox, uint32_t received) {
+  const int to = threadIdx.x % 32;
+  const int first = to * rank.own_rows, rows = least(rank.own_rows, rank.valid - first);
+  if (to >= rank.blocks || to == rank.block || rows <= 0) return;
+  const uint32_t barrier = remote(received, to);
+#pragma unroll
+  for (int group = 0; group < S::kKeyGroups; ++group) {
+    const int source = rank.block * S::kKeyGroups + group;
+    push(remote(inbox + source * rank.own_rows * S::kRow, to), parked + (group * S::kRows + first) * S::kRow,
+         rows * S::kRow, barrier);
+  }
+}
+
+// Joins what the cluster's blocks sent, and what is parked here, and, where `parts` clusters share an item, hands it to
+// the last of them.
+template <class S>
+__device__ __forceinline__ void join(const Params& p, const Plan& plan, const Rank& rank, int part, int parts,
+                                     const char* parked, const char* inbox, int* flag) {
+  constexpr int kFours = S::D / 4, kAtOnce = 8, kParts = 8;
+  const int sources = S::kKeyGroups * rank.blocks, items = p.HK * plan.tiles_m;
+  const auto partial_of = [&](int n) { return Partial<S>(p.partials, n * items + rank.item); };
+  const int first = rank.block * rank.own_rows;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rank.mine * kFours; i += S::kThreads) {
+    const int row = i / kFours, column = i % kFours * 4;
+    const auto source = [&](int k) {
+      const int block = k / S::kKeyGroups, group = k % S::kKeyGroups;
+      const char* from =
+          block == rank.block ? parked + (group * S::kRows + first) * S::kRow : inbox + k * rank.own_rows * S::kRow;
+      return reinterpret_cast<const float*>(from + row * S::kRow);
+    };
+    Part part_of_row = nothing();
+#pragma unroll 1
+    for (int base = 0; base < sources; base += kAtOnce) {
+      Sources<kAtOnce> some;
+      some.read(
+          sources - base, [&](int k) { return *reinterpret_cast<const float2*>(source(base + k) + S::D); },
+          [&](int k) { return *reinterpret_cast<const float4*>(source(base + k) + column); });
+      some.fold(part_of_row);
+    }
+    if (parts == 1) {
+      finish<S>(p, plan, rank.at, false, first + row, column, part_of_row);
+    } else {
+      partial_of(part).put(first + row, column, part_of_row);
+    }
+  }
+  if (parts == 1) return;
+  uint32_t* counter = p.counters + rank.item * kMostBlocks + rank.block;
+  if (!arrive_last(counter, parts, flag)) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rank.mine * kFours; i += S::kThreads) {
+    const int row = first + i / kFours, column = i % kFours * 4;
+    Part whole = nothing();
+#pragma unroll 1
+    for (int base = 0; base < parts; base += kParts) {
+      Sources<kParts> some;
+      some.read(
+          parts - base, [&](int k) { return partial_of(base + k).statistics(row); },
+          [&](int k) { return partial_of(base + k).values(row, column); });
+      some.fold(whole);
+    }
+    finish<S>(p, plan, rank.at, false, row, column, whole);
+  }
+}
+
+}  // namespace sk::incremental_prefill

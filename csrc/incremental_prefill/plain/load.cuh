@@ -1,0 +1,105 @@
+// The tiles of a block of a plain session, and how they get into shared memory.
+#pragma once
+
+#include "incremental_prefill/plain/barrier.cuh"
+#include "incremental_prefill/plain/intake.cuh"
+
+namespace sk::incremental_prefill {
+
+#if SK_WGMMA
+
+// The tiles of a block: [begin, end) of the old tiles, source before target, then the new rows if it has them.
+struct Walk {
+  int length;  // of the new rows' segment, far from overflow
+  int held_source, held_target;
+  int source_tiles;  // of the source segment
+  Range old;
+  bool fresh;
+
+  __device__ __forceinline__ int old_tiles() const { return old.end - old.begin; }
+  __device__ __forceinline__ int tiles() const { return old_tiles() + fresh; }
+  // The segment of the block's old tile j, its first key, and how many keys there are from there on.
+  __device__ __forceinline__ bool is_target(int j) const { return old.begin + j >= source_tiles; }
+  __device__ __forceinline__ int left(int j, int keys) const {
+    return (is_target(j) ? held_target : held_source) - first_key(j, keys);
+  }
+  __device__ __forceinline__ int first_key(int j, int keys) const {
+    const int i = old.begin + j;
+    return (i >= source_tiles ? i - source_tiles : i) * keys;
+  }
+};
+
+// Where a tile is, or goes: a stage, and the parity of its barriers.
+struct Turn {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance(int by, int stages) {
+    stage += by;
+    while (stage >= stages) stage -= stages, phase ^= 1;
+  }
+};
+
+// Bytes before the barriers of a stage's keys; those of its values follow.
+template <class S>
+__device__ __forceinline__ uint32_t full(uint32_t base, const Turn& at) {
+  return base + PlainLayout<S>::kFull + 16 * at.stage;
+}
+template <class S>
+__device__ __forceinline__ uint32_t empty(uint32_t base, const Turn& at) {
+  return base + PlainLayout<S>::kEmpty + 16 * at.stage;
+}
+
+// The loaders' part: old tiles, then the new rows.
+template <class S>
+struct Loading {
+  using Element = typename S::Element;
+  using Layout = PlainLayout<S>;
+  static constexpr int kStep = S::kLoaders / S::kChunks, kCopies = S::kKeys / kStep;
+  static_assert(S::kLoaders % S::kChunks == 0 && kStep % 8 == 0, "a thread's chunks lie at the same place of a row");
+
+  const Params& p;
+  const Plan& plan;
+  const Walk& walk;
+  int hk;
+  uint32_t base;
+  Turn at{0, 1};  // every stage is empty at first
+
+  __device__ __forceinline__ void load(int j) {
+    const int thread = threadIdx.x - S::kReaders, row = thread / S::kChunks, chunk = thread % S::kChunks;
+    const uint32_t place = chunk_at<S::D, S::kKeys>(row, chunk);
+    const Segment& s = p.segments[walk.is_target(j)];
+    const int first = walk.first_key(j, S::kKeys) + row, left = walk.left(j, S::kKeys) - row;
+#pragma unroll
+    for (int matrix = 0; matrix < 2; ++matrix) {
+      const Rows& rows = matrix ? s.v : s.k;
+      const Element* from = static_cast<const Element*>(rows.data) + hk * rows.head + first * rows.row + chunk * 8;
+      const uint32_t to = base + Layout::kStages + at.stage * S::kStage + matrix * S::kMatrix + place;
+      barrier_wait(empty<S>(base, at) + 8 * matrix, at.phase);
+#pragma unroll
+      for (int u = 0; u < kCopies; ++u) {
+        // rows behind the last key become zeros: what they hold may be NaN
+        copy_async<true>(to + u * kStep * 128, from + u * kStep * rows.row, u * kStep < left, plan.keep);
+      }
+      barrier_arrive_behind_copies(full<S>(base, at) + 8 * matrix);
+    }
+    at.advance(1, plan.stages);
+  }
+  __device__ __forceinline__ void put(NewRows<S>& fresh, bool write, char* stages) {
+    char* const tile = stages + at.stage * S::kStage;
+    barrier_wait(empty<S>(base, at), at.phase);
+    fresh.put_keys(p, hk, walk.length, write, tile);
+    publish();
+    barrier_arrive(full<S>(base, at));
+    // not before: the place of the values may be given back by those who wait for the keys
+    barrier_wait(empty<S>(base, at) + 8, at.phase);
+    fresh.put_values(p, hk, walk.length, write, tile + S::kMatrix);
+    publish();
+    barrier_arrive(full<S>(base, at) + 8);
+    at.advance(1, plan.stages);
+  }
+};
+
+#endif
+
+}  // namespace sk::incremental_prefill
