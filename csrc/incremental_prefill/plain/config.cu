@@ -71,7 +71,7 @@ void ask(Ability& a, const PlainInstance& i, int device) {
 }
 
 const Ability* ability_of(const PlainInstance& i, int dtype, int dim, int tile, int device) {
-  static Ability all[kMaxDevices][2][2][kPlainInstances];
+  static Ability all[kMaxDevices][2][3][kPlainInstances];
   Ability& a = all[device][dtype][dim][tile];
   std::call_once(a.asked, [&] { ask(a, i, device); });
   return a.can ? &a : nullptr;
@@ -86,8 +86,8 @@ struct Table {
   Table(const Params& p, DType dtype, int device) : rows(p.T * (p.H / p.HK)) {
     const PlainInstance* all = table(dtype, p.D);
     if (all == nullptr || p.T > kPlainRows || device < 0 || device >= kMaxDevices) return;
-    for (int n = 0; n < kPlainInstances; ++n) {
-      const Ability* a = ability_of(all[n], dtype == DType::kBFloat16, p.D == 128, n, device);
+    for (int n = 0; n < kPlainInstances && all[n].kernel != nullptr; ++n) {
+      const Ability* a = ability_of(all[n], dtype == DType::kBFloat16, p.D / 128, n, device);
       if (a == nullptr) return;
       instance[count] = &all[n], ability[count] = a;
       ++count;
@@ -105,7 +105,7 @@ constexpr int kPlannedKeys = 32 << 10;
 constexpr float kRound[2] = {1.15f, 1.1f}, kBegin[2] = {7.8f, 5.1f}, kSource = 0.08f, kHandOver = 2.3f;
 // Bytes that a block reads in a microsecond, of keys or of what other clusters leave; that all blocks read, from the L2
 // and from memory, where more blocks get a little more.
-constexpr float kBlockBytes = 42e3f, kPartBytes = 60e3f, kCacheBytes = 5e6f, kMemoryBytes = 3.5e6f, kMore = 4.5e3f;
+constexpr float kBlockBytes = 48e3f, kPartBytes = 60e3f, kCacheBytes = 6e6f, kMemoryBytes = 3.5e6f, kMore = 4.5e3f;
 
 // Microseconds of `parts` clusters of `size` blocks for each item.
 float estimate(const PlainInstance& i, int tiles_m, int heads, int keys, int own_rows, int size, int parts) {
@@ -173,7 +173,7 @@ void plain_preload(int device) {
   Params p{};
   p.B = p.H = p.HK = 1;
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    for (const int D : {64, 128}) {
+    for (const int D : {64, 128, 256}) {
       p.D = D, p.T = kPlainRows, p.H = 2;
       Table(p, dtype, device);
     }

@@ -17,9 +17,9 @@ struct PlainInstance {
   int before_tiles;  // bytes of shared memory before the key tiles
 };
 
-constexpr int kPlainInstances = 2, kPlainCluster = 16;  // tiles of a head dim; most blocks of a cluster
+constexpr int kPlainInstances = 2, kPlainCluster = 16;  // tiles of a head dim, or fewer; most blocks of a cluster
 
-// The instances of a head dim by rising number of rows, or null.
+// The instances of a head dim by rising number of rows, then some without a kernel; or null.
 template <typename Element>
 const PlainInstance* plain_instances(int D);
 

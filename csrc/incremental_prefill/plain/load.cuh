@@ -56,7 +56,7 @@ struct Loading {
   using Element = typename S::Element;
   using Layout = PlainLayout<S>;
   static constexpr int kStep = S::kLoaders / S::kChunks, kCopies = S::kKeys / kStep;
-  static_assert(S::kLoaders % S::kChunks == 0 && kStep % 8 == 0, "a thread's chunks lie at the same place of a row");
+  static_assert(S::kLoaders % S::kChunks == 0 && (kStep % 8 == 0 || 8 % kStep == 0), "a thread stays in its column");
 
   const Params& p;
   const Plan& plan;
@@ -79,7 +79,8 @@ struct Loading {
 #pragma unroll
       for (int u = 0; u < kCopies; ++u) {
         // rows behind the last key become zeros: what they hold may be NaN
-        copy_async<true>(to + u * kStep * 128, from + u * kStep * rows.row, u * kStep < left, plan.keep);
+        copy_async<true>((to ^ (u * kStep % 8 * 16)) + u * kStep * 128, from + u * kStep * rows.row, u * kStep < left,
+                         plan.keep);
       }
       barrier_arrive_behind_copies(full<S>(base, at) + 8 * matrix);
     }

@@ -8,12 +8,12 @@ namespace sk::incremental_prefill {
 
 constexpr int kMostStages = 12, kMostBlocks = 16;  // key tiles in shared memory; blocks of a cluster
 
-// Two warpgroups attend and one loads. ROW_GROUPS: how many of the two share out the rows, 64 each; what is left of
+// READERS warpgroups attend and one loads. ROW_GROUPS: how many of them share out the rows, 64 each; what is left of
 // them shares out the keys, tile by tile.
-template <typename ELEMENT, int HEAD_DIM, int ROW_GROUPS>
+template <typename ELEMENT, int HEAD_DIM, int ROW_GROUPS, int READERS = 2>
 struct PlainShape : Shape<ELEMENT, HEAD_DIM, 4 * ROW_GROUPS, 1, 64> {
-  static constexpr int kRowGroups = ROW_GROUPS, kKeyGroups = 2 / ROW_GROUPS;
-  static constexpr int kReaders = 256, kLoaders = 128;  // threads
+  static constexpr int kRowGroups = ROW_GROUPS, kKeyGroups = READERS / ROW_GROUPS;
+  static constexpr int kReaders = 128 * READERS, kLoaders = 128;  // threads
   static constexpr int kThreads = kReaders + kLoaders;
   static constexpr int kRow = (HEAD_DIM + 8) * 4;  // bytes of a row's partial result: o, then m and l, then nothing
 };
