@@ -1,4 +1,5 @@
-// The table of tiles. 16 rows: a decode step; the warps share out the keys. 64 and 128 rows: longer chunks.
+// The table of tiles. 16 rows: a decode step; the warps share out the keys. 64 and 128 rows: longer chunks; without
+// 128 where no warpgroup multiplies them anywhere (D = 96), which the library's size would not be worth.
 #pragma once
 
 #include "incremental_prefill/instance.h"
@@ -14,12 +15,21 @@ constexpr Instance instance_of() {
 }
 
 template <typename Element, int D>
+constexpr Instance last_instance() {
+  if constexpr (D % 64 == 0) {
+    return instance_of<Shape<Element, D, 8, 1, D <= 128 ? 64 : 32>>();
+  } else {
+    return {};
+  }
+}
+
+template <typename Element, int D>
 const Instance* instances() {
   constexpr bool kLarge = D > 128;
   static const Instance all[kInstances] = {
       instance_of<Shape<Element, D, 1, kLarge ? 4 : 8, kLarge ? 64 : 128>>(),
       instance_of<Shape<Element, D, 4, 2, kLarge ? 64 : 128>>(),
-      instance_of<Shape<Element, D, 8, 1, kLarge ? 32 : 64>>(),
+      last_instance<Element, D>(),
   };
   return all;
 }

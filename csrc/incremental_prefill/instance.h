@@ -48,7 +48,7 @@ struct Instance {
 
 constexpr int kInstances = 3;
 
-// Instances of one element type and head dim by rising number of rows.
+// Instances of one element type and head dim by rising number of rows; then, maybe, some without a kernel.
 template <typename Element, int D>
 const Instance* instances();
 

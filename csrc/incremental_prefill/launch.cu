@@ -157,9 +157,10 @@ Config configure(const Params& p, DType dtype, int device) {
   const Instance* all = table(dtype, p.D);
   const int rows = p.T * (p.H / p.HK);
   int i = 0;
-  while (i + 1 < kInstances && all[i].rows < rows && fits(all[i + 1], all[i + 1].header(p.T, p.B), m.shared)) ++i;
+  const auto has = [&](int n) { return n < kInstances && all[n].kernel != nullptr; };
+  while (has(i + 1) && all[i].rows < rows && fits(all[i + 1], all[i + 1].header(p.T, p.B), m.shared)) ++i;
   if (tuning().rows) {
-    for (i = 0; i + 1 < kInstances && all[i].rows < tuning().rows;) ++i;
+    for (i = 0; has(i + 1) && all[i].rows < tuning().rows;) ++i;
   }
   Config c{&all[i], 1, 0, 0, 0, 0};
   const int header = c.instance->header(p.T, p.B);
@@ -306,7 +307,7 @@ void preload(int device) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     for (const int D : kHeadDims) {
       const Instance* all = table(dtype, D);
-      for (int i = 0; i < kInstances; ++i) {
+      for (int i = 0; i < kInstances && all[i].kernel != nullptr; ++i) {
         for (int size = 1; size <= (machine(device).clusters ? kMaxCluster : 1); size *= 2) {
           if (fits(all[i], all[i].header(1, 1), machine(device).shared)) workers_of(all[i], size, device);
         }
