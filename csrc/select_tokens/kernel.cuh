@@ -1,9 +1,13 @@
-// select_tokens: which entries of a row of scores are kept, compacted in order. One block per row: a radix select finds
-// the score of the last one kept (only when the list is limited), then two passes count and place.
+// select_tokens: which entries of a row of scores are kept, compacted in order. Where the list is limited one block has
+// the row: a radix select finds the score of the last one kept, then two passes count and place. Where only a threshold
+// counts, many blocks have a share of the row each, and each counts the whole row for itself: nothing passes between
+// them.
 #pragma once
 
+#include <algorithm>
+
 #include "select_tokens/params.h"
-#include "streamkernels/numbers.cuh"
+#include "streamkernels/chunk.cuh"
 #include "streamkernels/overlap.cuh"
 
 namespace sk::select_tokens {
@@ -14,9 +18,15 @@ constexpr int kPasses = 4, kDigitBits = 8, kBins = 1 << kDigitBits, kBinsPerLane
 constexpr uint32_t kNotCandidate = 0;
 constexpr unsigned kAll = 0xffffffffu;
 
-// Threads for rows of K entries.
+// Threads of a block for rows of K entries.
 inline int threads_for(int K) {
   return K <= 2048 ? 256 : kMaxThreads;
+}
+
+// Blocks that share a row.
+inline int blocks_for(const Params& p, int multiprocessors) {
+  if (p.limit < p.K || threads_for(p.K) < kMaxThreads) return 1;
+  return std::min((p.K - 1) / kMaxThreads + 1, std::max(1, multiprocessors / p.B));
 }
 
 // A score as an unsigned number of the same order; smaller than every number: NaN. Zero of either sign is one number.
@@ -35,6 +45,9 @@ struct Row {
   float threshold;
   bool thresholded, largest;
 
+  __device__ __forceinline__ bool may_keep(float x) const {
+    return thresholded ? (largest ? x > threshold : x < threshold) : x == x;
+  }
   __device__ __forceinline__ uint32_t operator[](int i) const {
     if (i >= length) return kNotCandidate;
     const float x = to_float(scores[i * stride]);
@@ -42,6 +55,32 @@ struct Row {
     return ordered(largest ? x : -x);
   }
 };
+
+// How many of the entries [begin, end) may be kept: this thread's share.
+template <typename Element>
+__device__ __forceinline__ int count_candidates(const Row<Element>& row, int begin, int end) {
+  constexpr int kWidth = 16 / sizeof(Element);
+  int count = 0;
+  // `begin` is that of the row or of a block's share
+  if (row.stride == 1 && reinterpret_cast<uintptr_t>(row.scores + begin) % 16 == 0) {
+    const int vectors = (end - begin) / kWidth;
+    const Element* from = row.scores + begin;
+    begin += vectors * kWidth;
+#pragma unroll(32 / kWidth)
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+      Chunk<Element, kWidth> chunk;
+      chunk.load(from + i * kWidth);
+      float x[kWidth];
+      chunk.unpack(x);
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) count += row.may_keep(x[e]);
+    }
+  }
+#pragma unroll 4
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x)
+    count += row.may_keep(to_float(row.scores[i * row.stride]));
+  return count;
+}
 
 // Kept are the entries above `floor`, and of those equal to it the first `ties`.
 struct Cut {
@@ -112,10 +151,13 @@ __device__ __forceinline__ Cut find_cut(const Row<Element>& row, int limit) {
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(const __grid_constant__ Params p) {
-  __shared__ int above_of[kMaxWarps], equal_of[kMaxWarps];
-  const int b = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+__global__ void __launch_bounds__(kMaxThreads)
+    select_tokens_kernel(const __grid_constant__ Params p, const __grid_constant__ int blocks) {
+  __shared__ int above_of[kMaxWarps], equal_of[kMaxWarps], before_of[kMaxWarps], all_of[kMaxWarps];
+  const int b = blockIdx.x / blocks, block = blockIdx.x % blocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32,
+            warps = blockDim.x / 32;
   wait_for_launch_before();
+  let_next_launch_begin();
   Element rounded;
   from_float(p.threshold, rounded);
   int length = p.K;
@@ -130,13 +172,25 @@ __global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(const __grid
                          p.largest};
   const Cut cut = p.limit < length ? find_cut(row, p.limit) : Cut{kNotCandidate, 0};
 
-  // each warp owns a run of the row, so that order costs no more than one number per warp
-  const int run = (length + 32 * warps - 1) / (32 * warps) * 32;
-  const int begin = warp * run;
+  // this block's share; with more than one block the cut is none
+  const int share = ((length + blocks - 1) / blocks + 31) / 32 * 32;
+  const int first = min(length, block * share), last = min(length, first + share);
+  if (blocks > 1) {
+    const int before = __reduce_add_sync(kAll, count_candidates(row, 0, first));
+    const int behind = __reduce_add_sync(kAll, count_candidates(row, first, length));
+    if (lane == 0) {
+      before_of[warp] = before;
+      all_of[warp] = before + behind;
+    }
+  }
+  // each warp owns a run of the share, so that order costs no more than one number per warp
+  const int run = (last - first + 32 * warps - 1) / (32 * warps) * 32;
+  const int begin = first + warp * run;
+  const auto key_at = [&](int i) { return i < last ? row[i] : kNotCandidate; };
   int above = 0, equal = 0;
 #pragma unroll 8
   for (int i = lane; i < run; i += 32) {
-    const uint32_t key = row[begin + i];
+    const uint32_t key = key_at(begin + i);
     above += key > cut.floor;
     equal += key == cut.floor;
   }
@@ -150,7 +204,11 @@ __global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(const __grid
   const int other_above = lane < warps ? above_of[lane] : 0, other_equal = lane < warps ? equal_of[lane] : 0;
   int equal_before = __reduce_add_sync(kAll, lane < warp ? other_equal : 0);
   int above_before = __reduce_add_sync(kAll, lane < warp ? other_above : 0);
-  const int kept = __reduce_add_sync(kAll, other_above) + min(__reduce_add_sync(kAll, other_equal), cut.ties);
+  int kept = __reduce_add_sync(kAll, other_above) + min(__reduce_add_sync(kAll, other_equal), cut.ties);
+  if (blocks > 1) {
+    above_before += __reduce_add_sync(kAll, lane < warps ? before_of[lane] : 0);
+    kept = __reduce_add_sync(kAll, lane < warps ? all_of[lane] : 0);
+  }
 
   const unsigned earlier_lanes = (1u << lane) - 1;
   int32_t* out = p.out + static_cast<int64_t>(b) * p.width;
@@ -158,7 +216,7 @@ __global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(const __grid
 #pragma unroll 4
   for (int i = lane; i < run; i += 32) {
     const int entry = begin + i;
-    const uint32_t key = row[entry];
+    const uint32_t key = key_at(entry);
     const unsigned aboves = __ballot_sync(kAll, key > cut.floor);
     const unsigned equals = __ballot_sync(kAll, key == cut.floor);
     const int rank = equal_before + __popc(equals & earlier_lanes);
@@ -169,8 +227,8 @@ __global__ void __launch_bounds__(kMaxThreads) select_tokens_kernel(const __grid
     above_before += __popc(aboves);
     equal_before += __popc(equals);
   }
-  for (int i = kept + threadIdx.x; i < p.width; i += blockDim.x) out[i] = -1;
-  if (threadIdx.x == 0) p.out_count[b] = kept;
+  for (int64_t i = kept + block * blockDim.x + threadIdx.x; i < p.width; i += blocks * blockDim.x) out[i] = -1;
+  if (block == 0 && threadIdx.x == 0) p.out_count[b] = kept;
 }
 
 }  // namespace sk::select_tokens

@@ -7,7 +7,7 @@
 namespace sk::select_tokens {
 namespace {
 
-using Kernel = void (*)(Params);
+using Kernel = void (*)(Params, int);
 
 Kernel choose(DType dtype) {
   switch (dtype) {
@@ -25,7 +25,9 @@ Kernel choose(DType dtype) {
 void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   if (p.B == 0) return;
   const DeviceGuard guard(device);
-  launch_overlapped("select_tokens", choose(dtype), p.B, threads_for(p.K), device, stream, p);
+  const int blocks = blocks_for(p, multiprocessors(device));
+  launch_overlapped("select_tokens", choose(dtype), static_cast<int64_t>(p.B) * blocks, threads_for(p.K), 0, device,
+                    stream, p, blocks);
 }
 
 void preload(int device) {

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 # ops that move elements as bits
 ANY_DTYPE = ("compact",)
-# entries up to which one block per row is the faster one at a threshold
-MOST_BY_THRESHOLD = 2048
+# heads times head dim, padded, that leave room for keys in the shared memory of every GPU
+MOST_QUERY_NUMBERS = 16384
 
 
 def token_scores(
@@ -47,7 +47,7 @@ def select_tokens(
     width: int,
     largest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """int32 [B, width] and int32 [B], in one launch of one block per row."""
+    """int32 [B, width] and int32 [B], in one launch: one block per row where the list is limited, else many."""
     B, K = scores.shape
     device = scores.device
     out = torch.empty((B, width), dtype=torch.int32, device=device)
@@ -134,10 +134,8 @@ def _angles(x: Tensor) -> tuple[int, int, int]:
 
 
 def hands_over(call: Call) -> bool:
-    """Where Triton was faster on an H200: token_scores at 576 to 46080 keys, thresholds over rows of 2880 and more."""
-    if call.op == "token_scores":
-        return True
-    return call.op == "select_tokens" and "threshold" in call.features and call.sizes.get("K", 0) > MOST_BY_THRESHOLD
+    """Where Triton was faster on an H200: token_scores."""
+    return call.op == "token_scores"
 
 
 def _takes_head_dim(call: Call) -> str | None:
@@ -147,12 +145,20 @@ def _takes_head_dim(call: Call) -> str | None:
     return None
 
 
+def _takes_heads(call: Call) -> str | None:
+    D, H = call.sizes.get("D", 8), call.sizes.get("H", 1)
+    padded = 64 if D <= 64 else 128 if D <= 128 else 256
+    if D % 8 == 0 and call.dtype != torch.float32 and H * padded > MOST_QUERY_NUMBERS:
+        return f"the CUDA kernel keeps all heads of q and o on chip, which have no room at H = {H}, D = {D}"
+    return _takes_head_dim(call)
+
+
 def _takes_compact(call: Call) -> str | None:
     return "the gradient of compact has no CUDA kernel" if "backward" in call.features else None
 
 
 KERNELS: dict[str, Callable[[Call], str | None]] = {
-    "token_scores": _takes_head_dim,
+    "token_scores": _takes_heads,
     "select_tokens": lambda call: None,
     "compact": _takes_compact,
     "rotate": _takes_head_dim,

@@ -32,6 +32,16 @@ def prune(dtype: torch.dtype, D: int) -> None:
     sk.reanchor(k, angles[:, :1], angles[:, :1], interleaved=True, backend="cuda")
 
 
+def score_long_lists(H: int, HK: int, D: int, offset: int) -> None:
+    """More keys than blocks have at once, one of them nearly all of the output. `offset` 3: off 16-byte borders."""
+    S = 30000 // HK
+    k, v = (torch.randn(1, HK, S, D + 8, device="cuda").half()[..., offset : D + offset] for _ in "kv")
+    q, o = torch.randn(1, H, 1, D, device="cuda").half(), v[:, :, 77:78].repeat_interleave(H // HK, 1).contiguous()
+    lse = (q.float() * k[:, :, 77:78].float().repeat_interleave(H // HK, 1)).sum(-1) * D**-0.5 + 0.1
+    index = torch.arange(S, dtype=torch.int32, device="cuda")[None]
+    sk.token_scores(q, k, v, o, lse, index, ints([S - 5]), backend="cuda")
+
+
 def attend(T: int, D: int, HK: int) -> None:
     q = torch.randn(1, 2 * HK, T, D, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, HK, 333, D, device="cuda", dtype=torch.bfloat16) for _ in "kv")
@@ -44,6 +54,8 @@ def attend(T: int, D: int, HK: int) -> None:
 if __name__ == "__main__":
     prune(torch.bfloat16, 64)
     prune(torch.float32, 256)
+    for H, HK, D, offset in ((2, 1, 128, 0), (9, 9, 64, 0), (17, 1, 96, 3), (4, 4, 256, 0)):
+        score_long_lists(H, HK, D, offset)
     for T, D, HK in ((1, 128, 2), (64, 64, 1), (9, 256, 1), (3, 96, 2)):
         attend(T, D, HK)
     torch.cuda.synchronize()
