@@ -70,11 +70,12 @@ def test_auto_takes_what_was_measured_to_be_faster(ready: None, monkeypatch: pyt
     few, many = (Call("select_tokens", GPU, torch.float32, {"K": K}, frozenset({"threshold"})) for K in (576, 46080))
     best = Call("select_tokens", GPU, torch.float32, {"K": 46080}, frozenset({"k"}))
     monkeypatch.setattr(triton, "_missing", lambda: None)
-    calls = (scores, few, many, best, Call("rotate_append", GPU, torch.float16, {"D": 64}))
-    assert [choose(call, "auto") for call in calls] == ["triton", "cuda", "cuda", "cuda", "cuda"]
+    shared = Call("token_scores", GPU, torch.bfloat16, {"D": 64, "K": 576, "H": 28, "HK": 4})
+    calls = (shared, scores, few, many, best, Call("rotate_append", GPU, torch.float16, {"D": 64}))
+    assert [choose(call, "auto") for call in calls] == ["cuda", "triton", "cuda", "cuda", "cuda", "cuda"]
     heads = {"D": 128, "H": 28, "HK": 4}
     steps = [Call("incremental_prefill", GPU, torch.bfloat16, {**heads, "B": B, "T": T}) for B, T in STEPS]
-    assert [choose(call, "auto") for call in steps] == ["triton", "cuda", "triton"]
+    assert [choose(call, "auto") for call in steps] == ["cuda", "triton", "cuda", "triton"]
     assert choose(scores, "cuda") == "cuda"
     monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
     assert choose(scores, "auto") == "cuda"
