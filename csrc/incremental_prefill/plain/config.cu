@@ -118,13 +118,18 @@ float estimate(const PlainInstance& i, int tiles_m, int heads, int keys, int own
   return kBegin[i.key_groups - 1] + walk + kSource * size + others;
 }
 
-}  // namespace
+// What a configuration depends on.
+struct Sizes {
+  int H, HK, T, D, keys, device;
+  DType dtype;
 
-std::optional<PlainConfig> plain_config(const Params& p, DType dtype, int device) {
-  if (tuning().plain < 0) return {};
+  bool operator==(const Sizes& x) const {
+    return H == x.H && HK == x.HK && T == x.T && D == x.D && keys == x.keys && device == x.device && dtype == x.dtype;
+  }
+};
+
+PlainConfig best_config(const Params& p, DType dtype, int device, int keys) {
   const Table table(p, dtype, device);
-  const int keys =
-      static_cast<int>(std::min<int64_t>(int64_t{p.segments[0].capacity} + p.segments[1].capacity, kPlannedKeys));
   PlainConfig best{};
   float least = 0.f;
   for (int t = 0; t < table.count; ++t) {
@@ -153,8 +158,25 @@ std::optional<PlainConfig> plain_config(const Params& p, DType dtype, int device
       }
     }
   }
-  if (best.cluster == 0) return {};
   return best;
+}
+
+}  // namespace
+
+std::optional<PlainConfig> plain_config(const Params& p, DType dtype, int device) {
+  const int keys =
+      static_cast<int>(std::min<int64_t>(int64_t{p.segments[0].capacity} + p.segments[1].capacity, kPlannedKeys));
+  const Sizes sizes{p.H, p.HK, p.T, p.D, keys, device, dtype};
+  // a stream's layers are alike, and weighing all clusters takes microseconds
+  thread_local Sizes known{};
+  thread_local PlainConfig found{};
+  const bool tuned = tuning().plain != 0 || tuning().rows != 0;
+  if (tuned || !(sizes == known)) {
+    found = tuning().plain < 0 ? PlainConfig{} : best_config(p, dtype, device, keys);
+    known = tuned ? Sizes{} : sizes;
+  }
+  if (found.cluster == 0) return {};
+  return found;
 }
 
 Workspace plain_workspace(const Params& p, DType dtype, int device) {
