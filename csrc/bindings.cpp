@@ -1,15 +1,12 @@
 // The border to Python: ints in, exceptions out. No CUDA header and no torch header here.
 #include <pybind11/pybind11.h>
 
-#include <cstring>
+#include <exception>
 #include <stdexcept>
 #include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
 
 #include "compact/bind.h"
-#include "incremental_prefill/call.h"
+#include "incremental_prefill/bind.h"
 #include "incremental_prefill/params.h"
 #include "reanchor/bind.h"
 #include "rotate/bind.h"
@@ -18,6 +15,7 @@
 #include "span_attention/bind.h"
 #include "streamkernels/error.h"
 #include "streamkernels/runtime.h"
+#include "tensors.h"
 #include "token_scores/bind.h"
 
 namespace py = pybind11;
@@ -119,34 +117,60 @@ void preload_pruned(int device) {
   sk::span_attention::preload(device);
 }
 
-void bind_incremental_prefill(py::module_& m) {
-  using py::arg;
-  m.def(
-      "incremental_prefill",
-      [](const py::bytes& words) {
-        const std::string_view bytes = words;
-        if (bytes.size() % 8 != 0) throw std::invalid_argument("incremental_prefill: expected 64-bit words");
-        std::vector<int64_t> copy(bytes.size() / 8);
-        std::memcpy(copy.data(), bytes.data(), bytes.size());
-        sk::incremental_prefill::call(copy.data(), copy.size());
-      },
-      arg("words"));
-  m.def(
-      "incremental_prefill_workspace",
-      [](int B, int H, int HK, int T, int D, int dtype, int device) {
-        size_t counters = 0, partials = 0;
-        sk::incremental_prefill::workspace_of(B, H, HK, T, D, dtype, device, counters, partials);
-        return std::make_pair(counters, partials);
-      },
-      arg("B"), arg("H"), arg("HK"), arg("T"), arg("D"), arg("dtype"), arg("device"));
-  m.def("capture_id", &sk::capture_id, arg("stream"));
-}
-
 // streamkernels.CudaError lives in Python, so that it can be named without this module
 void raise_cuda_error(const sk::CudaError& e) {
   const py::object type = py::module_::import("streamkernels._ext").attr("CudaError");
   const py::object error = type(e.what(), e.code());
   PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+// What `function` returns, or null with its exception as Python's: for functions that pybind11 does not wrap.
+template <typename Function>
+PyObject* guarded(Function function) {
+  try {
+    return function();
+  } catch (py::error_already_set& e) {
+    e.restore();
+  } catch (const sk::CudaError& e) {
+    raise_cuda_error(e);
+  } catch (const sk::NotSupported& e) {
+    PyErr_SetString(PyExc_NotImplementedError, e.what());
+  } catch (const std::invalid_argument& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+  }
+  return nullptr;
+}
+
+// tensors and numbers in the order of incremental_prefill/bind.h
+PyObject* incremental_prefill(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([=]() -> PyObject* {
+    using namespace sk::incremental_prefill;
+    require(count == kTensors + kNumbers, "incremental_prefill: expected 20 tensors and 11 numbers");
+    run(arguments);
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* capture_id(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([=]() -> PyObject* {
+    require(count == 1, "capture_id: expected a stream");
+    const uint64_t stream = PyLong_AsUnsignedLongLong(arguments[0]);
+    if (PyErr_Occurred()) return nullptr;
+    return PyLong_FromUnsignedLongLong(sk::capture_id(stream));
+  });
+}
+
+void bind_incremental_prefill(py::module_& m) {
+  sk::tensors::bind(m);
+  sk::incremental_prefill::bind(m);
+  static PyMethodDef methods[] = {
+      sk::tensors::method("incremental_prefill", &incremental_prefill, "One step: 20 tensors, then 11 numbers."),
+      sk::tensors::method("capture_id", &capture_id, "A number of the capture that a stream is part of; else 0."),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ from .. import _ext
 from . import cuda_incremental_prefill, cuda_pruned, cuda_span_attention
 from .cuda_incremental_prefill import gradient as gradient
 from .cuda_incremental_prefill import incremental_prefill as incremental_prefill
+from .cuda_incremental_prefill import plan_of as plan_of
 from .cuda_pruned import compact as compact
 from .cuda_pruned import reanchor as reanchor
 from .cuda_pruned import rotate as rotate

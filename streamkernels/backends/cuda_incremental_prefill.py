@@ -1,16 +1,16 @@
-"""`incremental_prefill` on the CUDA kernel: packs a call into words, which csrc/incremental_prefill/call.cpp reads."""
+"""`incremental_prefill` on the CUDA kernel: outputs, room for partial results, and the call of the extension, which
+reads the tensors itself (csrc/incremental_prefill/bind.h)."""
 
 from __future__ import annotations
 
 import functools
-import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _ext
-from .tensors import DTYPES, rows_of, stream_of, table_of
+from .tensors import DTYPES, reader, stream_of
 
 if TYPE_CHECKING:
     from .select import Call
@@ -19,7 +19,6 @@ HEAD_DIMS = (64, 96, 128, 256)
 MAX_ROWS, MAX_SESSIONS = 512, 1024
 DECODE_ROWS, MANY_SESSIONS = 16, 8
 PLAIN_HEAD_DIMS, PLAIN_ROWS = (64, 128, 256), 64
-_WORDS = struct.Struct("<70q2d6q")
 
 
 def reason(call: Call) -> str | None:
@@ -91,33 +90,63 @@ def incremental_prefill(
 ) -> tuple[Tensor, Tensor]:
     """`reference.incremental_prefill` with the same raw arguments, as one launch on torch's current stream."""
     B, H, T, D = q.shape
-    HK = k.shape[1]
-    o = q.new_empty((B, T, H, D))
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
-    if o.numel() == 0:
-        return o.transpose(1, 2), lse
-    code, index = DTYPES[q.dtype], q.device.index
-    stream = stream_of(q.device)
-    extension = _ext.load()
-    counters, partials = _workspace(extension, B, H, HK, T, D, code, index, stream)
-    if cos is None or sin is None:
-        angles, rotary_dim, angles_code = _NO_ANGLES, 0, code
-    else:
-        angles, rotary_dim, angles_code = (*table_of(cos), *table_of(sin)), 2 * cos.shape[2], DTYPES[cos.dtype]
-    words = _WORDS.pack(
-        *rows_of(q), *rows_of(k), *rows_of(v), *angles,
-        *rows_of(source_k), *rows_of(source_v), source_k.shape[2],
-        *rows_of(target_k), *rows_of(target_v), target_k.shape[2],
-        length.data_ptr(), *length.stride(), status.data_ptr(),
-        *_column(role), *_column(source_limit), *_column(source_begin), *_column(target_begin),
-        0 if sink_logits is None else sink_logits.data_ptr(), o.data_ptr(), lse.data_ptr(),
-        counters.data_ptr(), partials.data_ptr(),
-        B, H, HK, T, D, rotary_dim, segment, source_sinks, target_sinks, ring_sinks, bounded,
-        source_window, target_window, scale, softcap, interleaved,
-        code, angles_code, code if sink_logits is None else DTYPES[sink_logits.dtype], index, stream,
+    if q.numel() == 0:
+        return q.new_empty((B, T, H, D)).transpose(1, 2), q.new_empty((B, H, T), dtype=torch.float32)
+    plan = plan_of(B, H, k.shape[1], T, D, q.dtype, q.device)
+    return plan.run(
+        (
+            q, k, v, cos, sin, source_k, source_v, target_k, target_v, length, status, role,
+            source_limit, source_begin, target_begin, sink_logits,
+        ),
+        (
+            segment, source_sinks, target_sinks, ring_sinks, bounded, source_window, target_window,
+            scale, softcap, interleaved,
+        ),
     )  # fmt: skip
-    extension.incremental_prefill(words)
-    return o.transpose(1, 2), lse
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(B: int, H: int, HK: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """What calls of these sizes, of which none is 0, have in common."""
+    return Plan(B, H, HK, T, D, dtype, device)
+
+
+class Plan:
+    """The outputs of a call, and what its launch needs besides."""
+
+    def __init__(self, B: int, H: int, HK: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
+        extension = reader()
+        if extension is None:
+            _ext.load()
+            raise NotImplementedError("the CUDA kernel needs a torch with DLPack's C exchange API, as 2.11 has it")
+        self.launch, self.capture_id = extension.incremental_prefill, extension.capture_id
+        self.dtype, self.device, self.index = dtype, device, device.index
+        # o [B, H, T, D] stored [B, T, H, D]
+        self.o = (B, H, T, D), (T * H * D, D, H * D, 1)
+        self.lse = (B, H, T), (H * T, T, 1)
+        sizes = extension.incremental_prefill_workspace(B, H, HK, T, D, DTYPES[dtype], device.index or 0)
+        self.needs = (*sizes, B * H * T)
+        # torch.compile's own way to an output: half the time of the public one, on the current device
+        quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+        self.quick = quick if device.type == "cuda" else None
+
+    def run(
+        self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...], with_lse: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """o and lse, or whatever in its place, of the call's tensors and numbers in the op's order, as one launch."""
+        stream = stream_of(self.device)
+        key = (self.index, stream, self.capture_id(stream))
+        room = _held.get(key)
+        if room is None or not room.holds(*self.needs):
+            room = _held[key] = _room(key, self.device, *self.needs)
+        if self.quick is not None and torch._C._cuda_getDevice() == self.index:
+            o = self.quick(*self.o, self.dtype)
+            lse = self.quick(*self.lse, torch.float32) if with_lse else room.lse
+        else:
+            o = torch.empty_strided(*self.o, dtype=self.dtype, device=self.device)
+            lse = torch.empty(self.lse[0], dtype=torch.float32, device=self.device) if with_lse else room.lse
+        self.launch(*tensors, o, lse, room.counters, room.partials, *numbers, stream)
+        return o, lse
 
 
 def gradient(dtype: torch.dtype, scale: float) -> str:
@@ -129,45 +158,38 @@ def gradient(dtype: torch.dtype, scale: float) -> str:
     return "triton" if able and "incremental_prefill" in triton.OPS else "reference"
 
 
-_NO_ANGLES = (0,) * 6
-# per (device, stream, capture): zero counters, and room for partial results
-_held: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+class Room(NamedTuple):
+    """What a launch needs besides its outputs: zero counters, room for partial results, and for an lse that nobody
+    asked for."""
+
+    counters: Tensor
+    partials: Tensor
+    lse: Tensor
+    sizes: tuple[int, int, int]
+
+    def holds(self, counters: int, partials: int, rows: int) -> bool:
+        sizes = self.sizes
+        return counters <= sizes[0] and partials <= sizes[1] and rows <= sizes[2]
 
 
-@functools.lru_cache(maxsize=4096)
-def _sizes(extension: Any, B: int, H: int, HK: int, T: int, D: int, code: int, index: int) -> tuple[int, int]:
-    counters, partials = extension.incremental_prefill_workspace(B, H, HK, T, D, code, index)
-    return counters, partials
+# per (device, stream, capture), so that no other launch can be using it: one per stream, and one per stream of a graph
+# capture, zeroed by the graph itself, since a graph may run beside anything
+_held: dict[tuple[int, int, int], Room] = {}
 
 
-def _workspace(
-    extension: Any, B: int, H: int, HK: int, T: int, D: int, code: int, index: int, stream: int
-) -> tuple[Tensor, Tensor]:
-    """Counters and room for partial results that no other launch can be using: one set per stream, and one per stream
-    of a graph capture, zeroed by the graph itself, since a graph may run beside anything."""
-    counters, partials = _sizes(extension, B, H, HK, T, D, code, index)
-    capture = extension.capture_id(stream)
-    held = _held.get((index, stream, capture))
-    if held is None or held[0].numel() < counters or held[1].numel() < partials:
-        for key in [key for key in _held if key[:2] == (index, stream) and key[2] not in (0, capture)]:
-            # of a capture that has ended: its graph keeps the memory
-            del _held[key]
-        device = torch.device("cuda", index)
-        if held is not None:
-            counters, partials = max(counters, held[0].numel()), max(partials, held[1].numel())
-        # a power of two: growing costs a fill
-        counters = max(1024, 1 << (counters - 1).bit_length())
-        held = (
-            torch.zeros(counters, dtype=torch.int32, device=device),
-            torch.empty(partials, dtype=torch.uint8, device=device),
-        )
-        _held[index, stream, capture] = held
-    return held
-
-
-def _column(x: Tensor | None) -> tuple[int, int, int]:
-    """Address and strides of [B, T]."""
-    if x is None:
-        return 0, 0, 0
-    batch, row = x.stride()
-    return x.data_ptr(), batch, row
+def _room(key: tuple[int, int, int], device: torch.device, counters: int, partials: int, rows: int) -> Room:
+    """Room for that much, and for what calls with this key needed before."""
+    before = _held.get(key)
+    for other in [other for other in _held if other[:2] == key[:2] and other[2] not in (0, key[2])]:
+        # of a capture that has ended: its graph keeps the memory
+        del _held[other]
+    # powers of two: growing costs a fill
+    sizes = (max(1024, 1 << (counters - 1).bit_length()), partials, max(1024, 1 << (rows - 1).bit_length()))
+    if before is not None:
+        sizes = (max(sizes[0], before.sizes[0]), max(partials, before.sizes[1]), max(sizes[2], before.sizes[2]))
+    return Room(
+        torch.zeros(sizes[0], dtype=torch.int32, device=device),
+        torch.empty(sizes[1], dtype=torch.uint8, device=device),
+        torch.empty(sizes[2], dtype=torch.float32, device=device),
+        sizes,
+    )

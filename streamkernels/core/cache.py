@@ -92,6 +92,7 @@ class StreamCache:
         self.epoch = 0
         self._lengths, self._segments = lengths, segments
         self._step = Step(form.layers)
+        self._ready: list[cache_room.Ready | None] = [None] * form.layers
         self._on_cuda = any(d.type == "cuda" for d in form.devices)
         # bounded mode: a pop or a discard may have lost history (see Lengths.lose)
         self._lost = False
@@ -150,36 +151,7 @@ class StreamCache:
         nothing is checked and nothing grows: call `reserve` before. Raises TypeError or ValueError: rows that do not
         fit a fixed segment, more than max_chunk rows in bounded mode, roles out of range.
         """
-        device = self.form.devices[self._layer("stage", layer)]
-        check_int("stage", "T", T)
-        if self.bounded and T > self.max_chunk:
-            refuse("stage", "T", f"at most max_chunk = {self.max_chunk} rows in bounded mode", T)
-        rows = self._step.describe(role, T, self.batch, device)
-        if self._blind():
-            self._step.unchecked = True
-        else:
-            rows, capacities = cache_room.fit(self, "stage", layer, rows)
-            self._step.learn(device, rows)
-            cache_room.grow(self, layer, capacities)
-        before = self._step.rows[layer]
-        if self.bounded and before is not None:
-            self._lose([before if i == layer else None for i in range(self.layers)])
-        self._step.rows[layer] = rows
-        (source_k, source_v), (target_k, target_v) = self._segments.pairs[layer]
-        return Staged(
-            source_k,
-            source_v,
-            target_k,
-            target_v,
-            length=self._lengths.at(layer),
-            status=self._lengths.status(layer),
-            role=rows.role if isinstance(rows.role, Tensor) else None,
-            segment=rows.role if isinstance(rows.role, int) else SOURCE,
-            bounded=self.bounded,
-            sinks=self.sinks,
-            windows=self.windows,
-            oldest=self._lengths.oldest(layer) if self.bounded and (self._blind() or self._lost) else None,
-        )
+        return cache_room.stage(self, layer, role, T)
 
     def commit(self) -> None:
         """Advance all layers by the rows they staged: one addition per device and no synchronisation.

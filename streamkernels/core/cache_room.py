@@ -7,17 +7,102 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .cache_edit import per_session
 from .cache_form import UNLIMITED
+from .segments import Pair
 from .shapes import check_int, refuse
-from .staging import SOURCE, TARGET, Rows
+from .staging import SOURCE, TARGET, Rows, Staged, rows_of_one_role, watched
 
 if TYPE_CHECKING:
     from .cache import StreamCache
+
+
+class Ready(NamedTuple):
+    """What the `Staged` of a layer that keeps every key have in common while it keeps these buffers and lengths."""
+
+    source: Pair
+    target: Pair
+    committed: Tensor
+    capacities: tuple[int, int]
+    staged: tuple[Staged, Staged]  # for rows that are all of one role
+
+
+def stage(cache: StreamCache, layer: int, role: Tensor | int, T: int) -> Staged:
+    ready = not cache.bounded and not watched()
+    if ready and (again := _stage_again(cache, layer, role, T)) is not None:
+        return again
+    device = cache.form.devices[cache._layer("stage", layer)]
+    check_int("stage", "T", T)
+    if cache.bounded and T > cache.max_chunk:
+        refuse("stage", "T", f"at most max_chunk = {cache.max_chunk} rows in bounded mode", T)
+    rows = cache._step.describe(role, T, cache.batch, device)
+    if cache._blind():
+        cache._step.unchecked = True
+    else:
+        rows, capacities = fit(cache, "stage", layer, rows)
+        cache._step.learn(device, rows)
+        grow(cache, layer, capacities)
+    before = cache._step.rows[layer]
+    if cache.bounded and before is not None:
+        cache._lose([before if i == layer else None for i in range(cache.layers)])
+    cache._step.rows[layer] = rows
+    staged = Staged(
+        *cache._segments.pairs[layer][SOURCE],
+        *cache._segments.pairs[layer][TARGET],
+        length=cache._lengths.at(layer),
+        status=cache._lengths.status(layer),
+        role=rows.role if isinstance(rows.role, Tensor) else None,
+        segment=rows.role if isinstance(rows.role, int) else SOURCE,
+        bounded=cache.bounded,
+        sinks=cache.sinks,
+        windows=cache.windows,
+        oldest=cache._lengths.oldest(layer) if cache.bounded and (cache._blind() or cache._lost) else None,
+    )
+    if ready:
+        _remember(cache, layer, staged)
+    return staged
+
+
+def _remember(cache: StreamCache, layer: int, staged: Staged) -> None:
+    source, target = cache._segments.pairs[layer]
+    each = (staged._replace(role=None, segment=SOURCE), staged._replace(role=None, segment=TARGET))
+    capacities = (source[0].shape[2], target[0].shape[2])
+    cache._ready[layer] = Ready(source, target, cache._lengths.of_layer(layer).committed, capacities, each)
+
+
+def _stage_again(cache: StreamCache, layer: int, role: Tensor | int, T: int) -> Staged | None:
+    """`stage` where the layer was staged before and the host's bounds leave room; None for any other call. A graph
+    capture changes nothing in that: what it could not check, the bounds, are good enough."""
+    if type(layer) is not int or type(T) is not int or not 0 <= layer < cache.layers or T < 0:
+        return None
+    ready, lengths = cache._ready[layer], cache._lengths
+    if ready is None or not lengths.known:
+        return None
+    source, target = cache._segments.pairs[layer]
+    group = lengths.of_layer(layer)
+    if ready.source is not source or ready.target is not target or ready.committed is not group.committed:
+        return None
+    roles = None
+    if isinstance(role, Tensor):
+        # another layer staged these very roles since the last commit, and they were looked at then
+        rows = cache._step.shared.get(group.device) if cache._step.role is role else None
+        if rows is None or rows.n != T or not isinstance(rows.role, Tensor):
+            return None
+        roles = rows.role
+    elif type(role) is int and role in (SOURCE, TARGET):
+        rows = rows_of_one_role(role, T)
+    else:
+        return None
+    most, longest, capacities = rows.most, lengths.longest[layer], ready.capacities
+    if longest[0] + most[0] > capacities[0] or longest[1] + most[1] > capacities[1]:
+        return None
+    cache._step.rows[layer] = rows
+    return ready.staged[role] if roles is None else ready.staged[SOURCE]._replace(role=roles)  # type: ignore[index]
 
 
 def fit(cache: StreamCache, op: str, layer: int, rows: Rows) -> tuple[Rows, list[int]]:

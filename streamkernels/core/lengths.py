@@ -86,6 +86,9 @@ class Lengths:
         copy.exact, copy.known = self.exact, self.known
         return copy
 
+    def of_layer(self, layer: int) -> Group:
+        return self.groups[self.place[layer][0]]
+
     def at(self, layer: int) -> Tensor:
         """int32 [B, 2]: a view of one layer's committed lengths."""
         g, row = self.place[layer]
@@ -102,7 +105,7 @@ class Lengths:
         return self.groups[g].upper[row]
 
     def status(self, layer: int) -> Tensor:
-        return self.groups[self.place[layer][0]].status
+        return self.of_layer(layer).status
 
     def all(self) -> Tensor:
         """int32 [layers, B, 2]: the tensor itself if there is one device, else a copy on the first layer's device."""

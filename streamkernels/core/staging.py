@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +14,7 @@ from .shapes import refuse
 SOURCE, TARGET, PADDING = 0, 1, -1
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(NamedTuple):
     """What an op needs to write and read one layer. The tensors are the cache's own: buffers, lengths and status.
 
     source_k, source_v, target_k, target_v: [B, HK, capacity, D]. length: int32 [B, 2], the committed (source, target)
@@ -64,6 +65,19 @@ class Rows:
         if self.counts is not None or not isinstance(self.role, Tensor):
             return self
         return Rows(self.role, self.n, count_roles(self.role.cpu()))
+
+
+def watched() -> bool:
+    """Whether a tracer, a mode or a function transform could see what is done to tensors now."""
+    if torch.compiler.is_compiling():
+        return True
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
+    return bool(modes) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def rows_of_one_role(role: int, n: int) -> Rows:
+    return Rows(role, n)
 
 
 class Step:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..backends.select import explaining
+from ..backends.tensors import reader
+from ..core.staging import watched
 
 MOST = 4096
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
@@ -20,9 +22,12 @@ _PLAIN = frozenset((type(None), float, int, bool, str))
 
 def look_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """What tells a call from another one: the tensors' shapes, strides, dtypes and devices, and the options with their
-    types. None for a call that must be checked: traced, explained, with tensors or options of other types."""
+    types; an op always gives as many. None for a call that must be checked: traced, explained, with tensors or options
+    of other types."""
     if torch.compiler.is_compiling() or explaining():
         return None
+    if (extension := reader()) is not None:
+        return extension.look(len(tensors), *tensors, *options)
     # True is 1, and 1.0 is too
     types = tuple(type(x) for x in options)
     if not _PLAIN.issuperset(types):
@@ -46,10 +51,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def undispatched(*tensors: Tensor) -> bool:
     """Whether no tracer, mode, subclass or function transform could see a call of a registered op: then its
     implementation can be called itself. The dispatch of thirty arguments takes longer than a kernel."""
-    if torch.compiler.is_compiling():
-        return False
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()  # type: ignore[attr-defined]
-    if modes or torch._C._functorch.peek_interpreter_stack() is not None:
+    if watched():
         return False
     # of torch.autograd.grad(is_grads_batched=True), whose tensors are of no type of their own
     batched = torch._C._functorch.is_legacy_batchedtensor

@@ -11,9 +11,10 @@ from ...backends.select import Call, choose
 from ...core.cache import SOURCE, Staged, StreamCache
 from ...core.chunk import check_chunk
 from ...core.shapes import check_int, check_number, refuse
+from ...core.staging import watched
 from ..known import Known, look_of, wants_gradient
 from .autograd import IncrementalPrefill, Options, attend
-from .schema import OP
+from .schema import OP, plan_of, run_again
 
 
 def incremental_prefill(
@@ -88,15 +89,18 @@ def incremental_prefill(
         RuntimeError: a call from inside a backward, as gradient checkpointing makes: the cache has moved on, it cannot
             be repeated.
     """
-    plain = sink_logits is None and type(sinks) is int and sinks == 0
-    rows = (role if isinstance(role, Tensor) else None, source_limit, source_begin, target_begin)
-    key = _look_of(q, k, v, cos, sin, rows, cache, layer, role, scale, softcap, interleaved, backend) if plain else None
-    if (known := _known.get(key)) is not None:
-        staged = cache.stage(layer, role, q.shape[2])
-        if not (source_limit is source_begin is target_begin is None):
-            known = known._replace(source_limit=source_limit, source_begin=source_begin, target_begin=target_begin)
-        o, lse = attend(q, k, v, cos, sin, None, staged, known)
-        return (o, lse) if return_lse else o
+    look = None
+    if sink_logits is None and type(sinks) is int and sinks == 0:
+        limits = (source_limit, source_begin, target_begin)
+        look = _look_of(q, k, v, cos, sin, limits, cache, layer, role, scale, softcap, interleaved, backend)
+        if (known := _known.get(look)) is not None:
+            T, numbers, plan, options = known
+            staged = cache.stage(layer, role, T)
+            if plan is not None and not watched():
+                o, lse = run_again(plan, staged, (q, k, v, cos, sin, *limits), numbers, return_lse)
+            else:
+                o, lse = attend(q, k, v, cos, sin, None, staged, Options(*limits, *options))
+            return (o, lse) if return_lse else o
     shapes = check_chunk(OP, k, v, cos, sin, cache, layer, role)
     shapes.tensor("q", q, "B H T D", dtype=cache.dtype, unit_last_stride=True)
     shapes.heads()
@@ -131,8 +135,9 @@ def incremental_prefill(
         o, lse = IncrementalPrefill.apply(q, k, v, sink_logits, cos, sin, cache, layer, staged, options)
     else:
         o, lse = attend(q, k, v, cos, sin, sink_logits, staged, options)
-        # another call of this look has other limits, and this one's are not to be kept alive
-        _known.keep(key, options._replace(source_limit=None, source_begin=None, target_begin=None))
+        # another call of this look has other limits
+        numbers = (options.scale, options.softcap, interleaved)
+        _known.keep(look, (shapes["T"], numbers, plan_of(q, k, v, chosen), options[3:]))
     return (o, lse) if return_lse else o
 
 
@@ -145,22 +150,20 @@ def _look_of(
     v: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
-    rows: tuple[Tensor | None, ...],
+    limits: tuple[Tensor | None, ...],
     cache: StreamCache,
     layer: int,
     role: Tensor | int,
     *options: Any,
 ) -> Any:
-    """The look of a call without sinks and gradients over a cache that keeps every key; else None. rows: what it says
-    of each row [B, T]: roles, limits and begins."""
+    """The look of a call without sinks and gradients over a cache that keeps every key; else None."""
     if type(cache) is not StreamCache or cache.bounded or type(layer) is not int or not 0 <= layer < cache.layers:
         return None
-    look = look_of((q, k, v, cos, sin, *rows), (layer, None if rows[0] is not None else role, *options))
-    if look is None or wants_gradient(q, k, v, cos, sin):
-        return None
-    held = cache.segment(layer, SOURCE)[0]
-    # growing a segment leaves these as they are, and rearranging a cache may change them
-    return (look, held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
+    # what the rows are checked against; its look changes when the segment grows
+    held = cache._segments.pairs[layer][SOURCE][0]
+    roles = role if isinstance(role, Tensor) else None
+    look = look_of((q, k, v, cos, sin, *limits, held, roles), (layer, role if roles is None else None, *options))
+    return None if look is None or wants_gradient(q, k, v, cos, sin) else look
 
 
 def _sinks(sinks: int | tuple[int, int], cache: StreamCache) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...backends import cuda, triton
+from ...backends.tensors import reader
+from ...core.cache import Staged
 from ...core.shapes import refuse
 from ...reference import incremental_prefill as reference
 from ...reference.attend_rows import compute_dtype
@@ -55,6 +57,32 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor]:
     # an op of torch.library does not count its writes by itself
     torch.autograd.graph.increment_version([x for x in (*call[BUFFERS], call[STATUS]) if not x.is_inference()])
     return o, lse
+
+
+def plan_of(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
+    """What `run_again` takes for calls of this look; None where it cannot run them."""
+    plain = type(q) is type(k) is type(v) is Tensor
+    if backend != "cuda" or not plain or q.numel() == 0 or reader() is None:
+        return None
+    B, H, T, D = q.shape
+    return cuda.plan_of(B, H, k.shape[1], T, D, q.dtype, q.device)
+
+
+def run_again(
+    plan: Any, staged: Staged, rows: tuple[Tensor | None, ...], numbers: tuple[float, ...], with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """What `run` does for a call without sinks and windows that looks like one that it ran. rows: q, k, v, cos, sin,
+    and the limits; numbers: scale, softcap and whether pairs are interleaved. Without `with_lse`, lse is no result."""
+    q, k, v, cos, sin, *limits = rows
+    source_k, source_v, target_k, target_v, length, status, role, segment, _, sinks, _, _ = staged
+    found = plan.run(
+        (q, k, v, cos, sin, source_k, source_v, target_k, target_v, length, status, role, *limits, None),
+        (segment, 0, 0, sinks, False, 0, 0, *numbers),
+        with_lse,
+    )
+    # those of a cache are never inference tensors
+    torch._C._increment_version((source_k, source_v, target_k, target_v, status))  # type: ignore[attr-defined]
+    return found
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -36,15 +36,22 @@ uint64_t capture_id(uintptr_t) {
 
 namespace incremental_prefill {
 
-// the kernel itself needs tensor cores; what it plans with is tested below
+// the kernel itself needs tensor cores; what it is launched with, and what it plans with, is tested
+struct Launched {
+  Params params;
+  int dtype, device;
+  uintptr_t stream;
+};
+Launched last;
+
 const char* refusal(const Params&, DType, int) {
   return nullptr;
 }
 Workspace workspace(const Params&, DType, int) {
   return {1, 1};
 }
-void launch(const Params&, DType, int, uintptr_t) {
-  throw NotSupported("incremental_prefill: not on the host");
+void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
+  last = {p, static_cast<int>(dtype), device, stream};
 }
 void preload(int) {}
 
@@ -70,6 +77,10 @@ void launch(const Params& p, DType dtype, int, uintptr_t) {
 #define EXPORT __attribute__((visibility("default")))
 
 extern "C" {
+
+EXPORT const void* last_prefill() {
+  return &sk::incremental_prefill::last;
+}
 
 EXPORT void set_processors(int count) {
   processors = count;
