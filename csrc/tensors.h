@@ -75,7 +75,7 @@ inline void add(Bytes& bytes, const dlpack::Tensor& x) {
 }
 
 // What tells calls apart: classes, sizes, strides, dtypes and devices of tensors, with `borders` also where they lie
-// within 16 bytes, and the values of None, bools, ints, floats and strings. False for anything else, subclasses of
+// within 16 bytes, and the values of None, bools, ints, enumerations of ints, floats and strings. False for anything else, subclasses of
 // tensors among it.
 inline bool describe(Bytes& bytes, PyObject* object, bool among_tensors, bool borders) {
   const bool tensor = Py_TYPE(object) == classes().tensor;
@@ -91,9 +91,9 @@ inline bool describe(Bytes& bytes, PyObject* object, bool among_tensors, bool bo
     return false;
   } else if (PyBool_Check(object)) {
     bytes.add(object == Py_True ? 'y' : 'f');
-  } else if (PyLong_CheckExact(object)) {
+  } else if (PyLong_Check(object)) {
     int overflow = 0;
-    bytes.add('i');
+    bytes.add(PyLong_CheckExact(object) ? 'i' : 'e');
     bytes.add(PyLong_AsLongLongAndOverflow(object, &overflow));
     if (overflow != 0) return false;
   } else if (PyFloat_CheckExact(object)) {

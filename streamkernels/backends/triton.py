@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.shapes import refuse
+from .tensors import reader
 
 OPS: tuple[str, ...] = ("rotate_append", "incremental_prefill", "span_attention", "prepare")
 OPS += ("token_scores", "select_tokens", "compact", "rotate", "reanchor")
@@ -64,6 +65,9 @@ def reason(call: Any) -> str | None:
 
 @functools.cache
 def _launch(op: str, function: str, file: str = "launch") -> Any:
+    device = importlib.import_module("streamkernels.triton_kernels.device.launch")
+    extension = reader()
+    device.read = None if extension is None else extension.signature
     return getattr(importlib.import_module(f"streamkernels.triton_kernels.{op}.{file}"), function)
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..backends.select import explaining
 from ..backends.tensors import reader
+from ..core.spans import Rule
 from ..core.staging import watched
 
 MOST = 4096
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN = frozenset((type(None), float, int, bool, str))
+_PLAIN = frozenset((type(None), float, int, bool, str, Rule))
 
 
 def look_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:

@@ -27,9 +27,16 @@ MOST = 1024
 MOST_MAPS = 512
 
 
-def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
+# what says the same sooner where there is such a thing (see backends/triton.py): of the number of tensors and the
+# tensors, None for tensors that it does not know
+read: Callable[..., Any] | None = None
+
+
+def signature(*tensors: Tensor | None) -> Any:
     """All that a call's compiled form, strides and device can depend on: sizes, strides, dtypes, devices and alignment;
     of absent tensors their absence."""
+    if read is not None and (found := read(len(tensors), *tensors)) is not None:
+        return found
     return tuple([x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors])
 
 

@@ -124,8 +124,8 @@ def _look_of(
     if type(blocks) is not tuple:
         return None
     bounds, rules, *lists = given
-    look = look_of((q, k, v, sink_logits, bounds, *lists, *blocks), (*options, prepared is None))
-    return look and (look, tuple(rules), wants_gradient(q, k, v, sink_logits))
+    look = look_of((q, k, v, sink_logits, bounds, *lists, *blocks), (*options, prepared is None, *rules))
+    return look and (look, wants_gradient(q, k, v, sink_logits))
 
 
 def _attend(
@@ -151,7 +151,10 @@ def _attend(
 
 
 def _tensors_of(spans: Spans) -> SpanTensors:
-    return SpanTensors(*(getattr(spans, name) for name in SpanTensors._fields))
+    return SpanTensors(
+        spans.bounds, spans.rules, spans.sink_key, spans.kept, spans.kept_count,
+        spans.key_class, spans.row_class, spans.class_rules, spans.class_sink,
+    )  # fmt: skip
 
 
 def _read_spans(
