@@ -9,6 +9,7 @@
 #include "incremental_prefill/bind.h"
 #include "incremental_prefill/params.h"
 #include "reanchor/bind.h"
+#include "relaunch.h"
 #include "rotate/bind.h"
 #include "rotate_append/params.h"
 #include "select_tokens/bind.h"
@@ -162,12 +163,18 @@ PyObject* capture_id(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   });
 }
 
+PyObject* relaunch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([=] { return sk::relaunch::run(arguments, count); });
+}
+
 void bind_incremental_prefill(py::module_& m) {
   sk::tensors::bind(m);
   sk::incremental_prefill::bind(m);
+  sk::relaunch::bind(m);
   static PyMethodDef methods[] = {
       sk::tensors::method("incremental_prefill", &incremental_prefill, "One step: 20 tensors, then 11 numbers."),
       sk::tensors::method("capture_id", &capture_id, "A number of the capture that a stream is part of; else 0."),
+      sk::tensors::method("relaunch", &relaunch, "What `make_relaunch` made, a stream, tensors: whether it ran."),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

@@ -75,8 +75,8 @@ inline void add(Bytes& bytes, const dlpack::Tensor& x) {
 }
 
 // What tells calls apart: classes, sizes, strides, dtypes and devices of tensors, with `borders` also where they lie
-// within 16 bytes, and the values of None, bools, ints, enumerations of ints, floats and strings. False for anything else, subclasses of
-// tensors among it.
+// within 16 bytes, and the values of None, bools, ints, enumerations of ints, floats and strings. False for anything
+// else, subclasses of tensors among it.
 inline bool describe(Bytes& bytes, PyObject* object, bool among_tensors, bool borders) {
   const bool tensor = Py_TYPE(object) == classes().tensor;
   if (object == Py_None) {

@@ -99,7 +99,11 @@ class Reader {
     if (x == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return x;
   }
-  void run() { call(words_, static_cast<size_t>(at_ - words_)); }
+  void run() {
+    // a launch waits where too many are under way
+    const pybind11::gil_scoped_release others;
+    call(words_, static_cast<size_t>(at_ - words_));
+  }
 
  private:
   dlpack::Tensor x_[kTensors];

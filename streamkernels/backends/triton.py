@@ -66,8 +66,7 @@ def reason(call: Any) -> str | None:
 @functools.cache
 def _launch(op: str, function: str, file: str = "launch") -> Any:
     device = importlib.import_module("streamkernels.triton_kernels.device.launch")
-    extension = reader()
-    device.read = None if extension is None else extension.signature
+    device.native = reader()
     return getattr(importlib.import_module(f"streamkernels.triton_kernels.{op}.{file}"), function)
 
 

@@ -10,6 +10,8 @@ look at them (`direct`), where this Triton is one whose layers are known; else i
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,15 +29,14 @@ MOST = 1024
 MOST_MAPS = 512
 
 
-# what says the same sooner where there is such a thing (see backends/triton.py): of the number of tensors and the
-# tensors, None for tensors that it does not know
-read: Callable[..., Any] | None = None
+# the extension, where there is one (see backends/triton.py): it reads tensors itself, ten times sooner than Python
+native: Any = None
 
 
 def signature(*tensors: Tensor | None) -> Any:
     """All that a call's compiled form, strides and device can depend on: sizes, strides, dtypes, devices and alignment;
     of absent tensors their absence."""
-    if read is not None and (found := read(len(tensors), *tensors)) is not None:
+    if native is not None and (found := native.signature(len(tensors), *tensors)) is not None:
         return found
     return tuple([x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors])
 
@@ -162,9 +163,19 @@ def direct(
             behind += (None, None, *told)
         metas = iter(compiled.metadata.tensordesc_meta or [None] * len(boxes))
         makers = [box and _maps(box, next(metas), make_map) for box in boxes]
+        by_extension = native and _relaunch(compiled, grid, makers, rest)
     except (AttributeError, TypeError, ValueError, StopIteration):
         return None
     boxed = len(makers)
+
+    def sooner(tensors: tuple[Tensor | None, ...]) -> None:
+        told = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
+        if told or not relaunch(by_extension, get_stream(device), *tensors):
+            ordinary(tensors)
+
+    if by_extension:
+        relaunch = native.relaunch
+        return sooner
 
     def again(tensors: tuple[Tensor | None, ...]) -> None:
         # hooks that are no chain are somebody's own
@@ -184,6 +195,40 @@ def direct(
     return again
 
 
+def _relaunch(compiled: Any, grid: tuple[int, ...], makers: list[Any], rest: tuple[Any, ...]) -> Any:
+    """What the extension launches again: the parameters of the kernel, by the types that Triton gave its arguments;
+    None for a kind of launch or of argument that is not among those known here."""
+    metadata, types = compiled.metadata, list(compiled.src.signature.values())
+    run, given = compiled.run, len(types) - len(rest)
+    if metadata.num_ctas != 1 or run.launch_cooperative_grid or run.launch_pdl:
+        return None
+    parameters: list[tuple[str, int, bytes]] = []
+    for i, kind in enumerate(types):
+        make = makers[i] if i < len(makers) else None
+        if kind == "constexpr":
+            continue
+        if make is not None and isinstance(kind, str) and kind.startswith("tensordesc"):
+            parameters.append(("m", i, b""))
+            parameters += [("n", 0, number) for number in make.sizes]
+        elif i < given and kind[0] == "*":
+            parameters.append(("p", i, b""))
+        elif i >= given and kind in _PACKED:
+            parameters.append(("n", 0, struct.pack(_PACKED[kind], rest[i - given])))
+        else:
+            return None
+    # scratch memory, of which there is none
+    parameters += [("n", 0, bytes(8))] * 2
+    launch = ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx, ctypes.c_void_p).value
+    size = 32 * metadata.num_warps
+    over = lambda place, x: makers[place](x)[0]  # noqa: E731
+    return native.make_relaunch(
+        launch, compiled.function, list(grid), size, metadata.shared, given, parameters, over
+    )
+
+
+_PACKED = {"i32": "<i", "i64": "<q", "fp32": "<f"}
+
+
 def _maps(box: Box, meta: Any, make_map: Callable[[Any, Any], list[Any]]) -> Callable[[Any], list[Any]]:
     """What the launcher takes for a box over a tensor: made once per address, since all else is the box's."""
     known: dict[int, list[Any]] = {}
@@ -198,4 +243,8 @@ def _maps(box: Box, meta: Any, make_map: Callable[[Any, Any], list[Any]]) -> Cal
             found = known[address] = [y.data_ptr() if isinstance(y, Tensor) else y for y in make_map(box.over(x), meta)]
         return found
 
+    # what follows a map: sizes and strides
+    lengths, strides = box.fields["shape"], box.fields["strides"]
+    sizes = [struct.pack("<i", n) for n in lengths] + [struct.pack("<q", n) for n in strides]
+    arguments.sizes = None if meta is None else sizes  # type: ignore[attr-defined]
     return arguments
