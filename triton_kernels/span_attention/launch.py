@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device.launch import Box, Launch, on_device_of, remembered, signature
+from ..device.launch import Box, Launch, Memory, on_device_of, packed, remembered, signature
 from . import tiles
 from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
 from .forward import gather_kept_kernel, span_attention_kernel
@@ -57,8 +57,8 @@ def span_attention(
         q, k, v = (_rows(x) for x in (q, k, v))
     if not plan.solid:
         bounds, row_blocks, *lists = (x if x is None else x.contiguous() for x in (bounds, row_blocks, *lists))
-    o = q.new_empty_strided(*plan.o)
-    lse = torch.empty(plan.lse, dtype=torch.float32, device=q.device)
+    empty = plan.memory.here()
+    o, lse = empty(*plan.o, q.dtype), empty(*plan.lse, torch.float32)
     with on_device_of(q):
         gathered = (None, None) if plan.gather is None else plan.gathered(k, v, *lists[1:3])
         plan.launch(
@@ -75,6 +75,7 @@ class _Plan:
     def __init__(self, spans: _Spans, *given: Tensor) -> None:
         self.as_given = all(_rows(x) is x for x in given)
         self.solid = spans.solid
+        self.memory = Memory(given[0].device)
 
 
 class _Forward(_Plan):
@@ -87,7 +88,7 @@ class _Forward(_Plan):
         q, k, v = (_rows(x) for x in (q, k, v))
         B, H, T, D = q.shape
         HK, S = k.shape[1:3]
-        self.o, self.lse = rows_first(B, H, T, D), (B, H, T)
+        self.o, self.lse = rows_first(B, H, T, D), packed(B, H, T)
         capability = _capability(q.device)
         long = tiles.long_walks(B * H * T, S)
         choice = tiles.tile(
@@ -145,12 +146,12 @@ def span_attention_backward(
     if not plan.solid:
         given = (bounds, row_blocks, key_blocks, *lists)
         bounds, row_blocks, key_blocks, *lists = (x if x is None else x.contiguous() for x in given)
-    dq = q.new_empty_strided(*plan.as_q)
-    dk, dv = k.new_empty_strided(*plan.as_k), v.new_empty_strided(*plan.as_k)
-    total, delta = lse.new_empty(plan.padded), lse.new_empty(plan.padded)
+    empty, dtype, fp32 = plan.memory.here(), q.dtype, torch.float32
+    dq, dk, dv = empty(*plan.as_q, dtype), empty(*plan.as_k, dtype), empty(*plan.as_k, dtype)
+    total, delta = empty(*plan.padded, fp32), empty(*plan.padded, fp32)
     share = total if sink_logits is None else torch.empty_like(lse)
-    mass = lse.new_empty(plan.masses) if plan.masses else total
-    parts = (dk, dv) if plan.join is None else (lse.new_empty(plan.parts), lse.new_empty(plan.parts))
+    mass = empty(*plan.masses, fp32) if plan.masses else total
+    parts = (dk, dv) if plan.join is None else (empty(*plan.parts, fp32), empty(*plan.parts, fp32))
     logits = lse if sink_logits is None else sink_logits
     seen = [bounds if x is None else x for x in lists]
     with on_device_of(q):
@@ -178,8 +179,8 @@ class _Backward(_Plan):
         HK, S = k.shape[1:3]
         size, capability, columns = q.element_size(), _capability(q.device), tiles.block_d(D)
         self.as_q, self.as_k = rows_first(B, H, T, D), rows_first(B, HK, S, D)
-        self.padded = (B, H, 64 * triton.cdiv(T, 64))
-        self.masses = (spans.N + 1, B, H, T) if spans.sinks else None
+        self.padded = packed(B, H, 64 * triton.cdiv(T, 64))
+        self.masses = packed(spans.N + 1, B, H, T) if spans.sinks else None
         self.sinks = spans.sinks
         self.listed = (B, HK, S) if spans.has_kept else None
         self.statistics = Launch(
@@ -206,7 +207,7 @@ class _Backward(_Plan):
         parts = triton.cdiv(H // HK, each)
         heads = B * HK * parts
         together = _together(heads, 2 * T * D * size, TOGETHER // 2 if heads >= MANY_HEADS else TOGETHER)
-        self.parts, part = (parts, B, S, HK, D), B * HK * S * D
+        self.parts, part = packed(parts, B, S, HK, D), B * HK * S * D
         self.dkdv = Launch(
             dkdv_kernel, (together * key_tiles, heads // together),
             (

@@ -62,8 +62,9 @@ class Undispatched(torch.autograd.Function):
         if do is None:
             do = torch.zeros_like(o)
         arguments = (q, k, v, o, lse, bounds, ctx.rules, *options, *ctx.numbers)
-        # with create_graph=True the op refuses the backward through it
-        if torch.is_grad_enabled() or not undispatched(do, q, k, v, o, *(() if dlse is None else (dlse,))):
+        # with create_graph=True the op refuses the backward through it; hooks may have put anything for what was saved
+        plain = type(q) is type(k) is type(v) is type(o) is Tensor
+        if torch.is_grad_enabled() or not plain or not undispatched(do, *(() if dlse is None else (dlse,))):
             if dlse is None:
                 dlse = torch.zeros_like(lse)
             found = torch.ops.streamkernels.span_attention_backward(do, dlse, *arguments)
