@@ -1,5 +1,5 @@
-"""The CUDA extension: pointers, strides in elements, sizes, a device and a stream, all as ints. Call it through
-`streamkernels.backends.cuda`, which knows tensors."""
+"""The CUDA extension: pointers, strides in elements, sizes, a device and a stream as ints, or tensors that it reads
+itself. Call it through `streamkernels.backends.cuda`."""
 
 __version__: str
 architectures: str
@@ -8,7 +8,32 @@ toolkit: str
 def unavailable_reason(device: int = -1) -> str: ...
 def preload(device: int) -> None: ...
 def capture_id(stream: int) -> int: ...
-def incremental_prefill(words: bytes) -> None: ...
+
+# whether tensors can be read by the functions that their class hands out; the next four need it
+def read_tensors(exchange: object, tensor: type, parameter: type) -> bool: ...
+
+# what tells calls apart: how many tensors (each of them or None), these, then options
+def look(count: int, *arguments: object) -> bytes | None: ...
+
+# `look`, and where each tensor lies within 16 bytes
+def signature(count: int, *arguments: object) -> bytes | None: ...
+
+# 20 tensors, then 11 numbers, in the order of csrc/incremental_prefill/bind.h
+def incremental_prefill(*arguments: object) -> None: ...
+
+# a Triton kernel's launch: parameters (kind, tensor, bytes of a number), kinds "n" (a number), "p" (a tensor's address)
+# and "m" (its map, which make_map(tensor's place, tensor) makes); then whether it was launched over other tensors
+def make_relaunch(
+    launch: int,
+    function: int,
+    grid: list[int],
+    threads: int,
+    shared: int,
+    tensors: int,
+    parameters: list[tuple[str, int, bytes]],
+    make_map: object,
+) -> object: ...
+def relaunch(kernel: object, stream: int, *tensors: object) -> bool: ...
 def incremental_prefill_workspace(
     B: int, H: int, HK: int, T: int, D: int, dtype: int, device: int
 ) -> tuple[int, int]: ...

@@ -65,7 +65,7 @@ def reason(call: Any) -> str | None:
 
 @functools.cache
 def _launch(op: str, function: str, file: str = "launch") -> Any:
-    device = importlib.import_module("streamkernels.triton_kernels.device.launch")
+    device: Any = importlib.import_module("streamkernels.triton_kernels.device.launch")
     device.native = reader()
     return getattr(importlib.import_module(f"streamkernels.triton_kernels.{op}.{file}"), function)
 

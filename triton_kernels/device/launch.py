@@ -69,8 +69,8 @@ class Memory:
     public one, where the device is the current one."""
 
     def __init__(self, device: torch.device) -> None:
-        guards = getattr(torch._C._dynamo, "guards", None)
-        self.device, self.quick = device, getattr(guards, "_empty_strided_cuda", None) if device.type == "cuda" else None
+        guards = getattr(torch._C._dynamo, "guards", None) if device.type == "cuda" else None
+        self.device, self.quick = device, getattr(guards, "_empty_strided_cuda", None)
 
     def here(self) -> Empty:
         """What makes a tensor of sizes, strides and dtype, until another device becomes the current one."""
@@ -253,9 +253,7 @@ def _relaunch(compiled: Any, grid: tuple[int, ...], makers: list[Any], rest: tup
     launch = ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx, ctypes.c_void_p).value
     size = 32 * metadata.num_warps
     over = lambda place, x: makers[place](x)[0]  # noqa: E731
-    return native.make_relaunch(
-        launch, compiled.function, list(grid), size, metadata.shared, given, parameters, over
-    )
+    return native.make_relaunch(launch, compiled.function, list(grid), size, metadata.shared, given, parameters, over)
 
 
 _PACKED = {"i32": "<i", "i64": "<q", "fp32": "<f"}
