@@ -1,4 +1,5 @@
-// The border to Python: ints in, exceptions out. No CUDA header and no torch header here.
+// The border to Python: ints in, or tensors that are read where they are; exceptions out. No CUDA header and no torch
+// header here.
 #include <pybind11/pybind11.h>
 
 #include <exception>

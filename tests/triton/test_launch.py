@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import triton
 from triton import knobs
 
 from streamkernels.triton_kernels.device import launch as module
+from streamkernels.triton_kernels.device import relaunch
 from streamkernels.triton_kernels.device.launch import Box, Launch, on_device_of, remembered, signature
 
 
@@ -134,6 +136,84 @@ def test_who_listens_to_launches_hears_them(kernel, monkeypatch):
     assert len(kernel.compiled.ordinary) == 1 and len(kernel.compiled.direct) == 2
 
 
+class Extension:
+    """What `launch.native` does, told instead of done."""
+
+    def __init__(self, runs: bool = True) -> None:
+        self.made: list[tuple] = []
+        self.launched: list[tuple] = []
+        self.runs = runs
+
+    def signature(self, count: int, *tensors: object) -> None:
+        return None
+
+    def make_relaunch(self, *arguments: object) -> str:
+        self.made.append(arguments)
+        return "relaunch"
+
+    def relaunch(self, *arguments: object) -> bool:
+        self.launched.append(arguments)
+        return self.runs
+
+
+def typed(kernel, *kinds: str) -> None:
+    """Give the kernel's arguments Triton's types, and make it one of 4 warps."""
+    kernel.compiled.src = SimpleNamespace(signature=dict(zip(kernel.arg_names, kinds, strict=True)))
+    vars(kernel.compiled.metadata).update(num_ctas=1, num_warps=4, shared=4096)
+
+
+TYPES = ("tensordesc<fp32[1, 1, 8, 16]>", "*fp32", "i32", "constexpr")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_by_the_extension(kernel, monkeypatch, runs):
+    extension = Extension(runs)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(module, "native", extension)
+    monkeypatch.setattr(relaunch, "_driver_launch", lambda: 99)
+    typed(kernel, *TYPES)
+    x, y = tensors()
+    launch = Launch(kernel, (5,), (7,), (Box(x, 8, 16),), BLOCK=64)
+    for _ in range(3):
+        launch(x, y)
+    ((address, function, grid, threads, shared, count, parameters, over),) = extension.made
+    assert (address, function, grid, threads, shared, count) == (99, "function", [5, 1, 1], 128, 4096, 2)
+    # the stride of a dim of size 1 is whatever is valid
+    sizes = [struct.pack("<i", n) for n in x.shape] + [struct.pack("<q", n) for n in (16, *x.stride()[1:])]
+    numbers = [*sizes, None, struct.pack("<i", 7), bytes(8), bytes(8)]
+    expected = [("m", 0, b""), *[("p", 1, b"") if n is None else ("n", 0, n) for n in numbers]]
+    assert parameters == expected and over(0, x) == "map"
+    assert extension.launched == [("relaunch", 17, x, y)] * 2
+    # what the extension cannot launch goes through Triton's layers
+    assert len(kernel.compiled.ordinary) == (0 if runs else 2) and not kernel.compiled.direct
+
+
+@pytest.mark.parametrize("other", ["cluster", "cooperative", "dependent", "type", "number", "driver", "meta"])
+def test_launches_that_the_extension_does_not_know(kernel, monkeypatch, other):
+    extension = Extension()
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(module, "native", extension)
+    monkeypatch.setattr(relaunch, "_driver_launch", lambda: None if other == "driver" else 99)
+    kinds = list(TYPES)
+    if other == "type":
+        kinds[1] = "i32"
+    if other == "number":
+        kinds[2] = "fp16"
+    typed(kernel, *kinds)
+    if other == "cluster":
+        kernel.compiled.metadata.num_ctas = 2
+    monkeypatch.setattr(kernel.compiled.run, "launch_cooperative_grid", other == "cooperative", raising=False)
+    monkeypatch.setattr(kernel.compiled.run, "launch_pdl", other == "dependent", raising=False)
+    if other == "meta":
+        kernel.compiled.metadata.tensordesc_meta = None
+        monkeypatch.setitem(globals(), "make_tensordesc_arg", lambda descriptor, meta: [descriptor.base])
+    x, y = tensors()
+    launch = Launch(kernel, (5,), (7,), (Box(x, 8, 16),), BLOCK=64)
+    for _ in range(3):
+        launch(x, y)
+    assert not extension.made and len(kernel.compiled.direct) == 2
+
+
 def test_maps_are_kept_by_address_and_few(kernel, monkeypatch):
     monkeypatch.setattr(module, "MOST_MAPS", 2)
     x = torch.zeros(1, 2, 8, 16)
@@ -177,14 +257,23 @@ def test_this_triton_is_launched_by_address():
     q, k, v = (torch.randn(1, h, 200, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
     mask = spans.causal(200, device="cuda")
     results = []
-    for _ in range(3):
+    for _ in range(4):
+        # other tensors of the same form
+        q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
         o = span_attention(q, k, v, mask, backend="triton")
         results.append((o, *torch.autograd.grad(o.sum(), (q, k, v))))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     (plan,) = launch.FORWARD.values()
-    # the closure of `direct`, not the one that goes through Triton's layers
-    assert plan.launch.again.__qualname__.startswith("direct")
+    # a closure of `direct`, not the one that goes through Triton's layers
+    way = "sooner" if module.native is not None else "again"
+    assert plan.launch.again.__qualname__ == f"direct.<locals>.{way}"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = span_attention(q.detach(), k.detach(), v.detach(), mask, backend="triton")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, results[0][0])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

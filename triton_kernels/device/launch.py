@@ -4,13 +4,13 @@ Triton finds the compiled form of a call by the type, alignment and special valu
 arguments of an attention kernel, more than a short kernel runs. What decides the form, a caller knows from its own few
 tensors: `signature` of those is the key under which it keeps a `Launch` with all its numbers. The second call of a
 `Launch` hands addresses and numbers to the function of Triton that passes them to the driver, below the layers that
-look at them (`direct`), where this Triton is one whose layers are known; else it goes through those layers.
+look at them (`direct`), where this Triton is one whose layers are known; else it goes through those layers. Where the
+extension is there, it hands them to the driver itself (`relaunch`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import struct
 import sys
 from collections.abc import Callable
@@ -21,6 +21,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import relaunch
 
 Plan = TypeVar("Plan")
 # calls of so many kinds are remembered; beyond, all are forgotten and made anew: no compilation, only host time
@@ -59,38 +61,6 @@ def on_device_of(x: Tensor) -> Any:
 
 
 _HERE = contextlib.nullcontext()
-
-
-Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
-
-
-class Memory:
-    """Uninitialised tensors of a device: by the function that torch.compile's code calls, at half the price of the
-    public one, where the device is the current one."""
-
-    def __init__(self, device: torch.device) -> None:
-        guards = getattr(torch._C._dynamo, "guards", None) if device.type == "cuda" else None
-        self.device, self.quick = device, getattr(guards, "_empty_strided_cuda", None)
-
-    def here(self) -> Empty:
-        """What makes a tensor of sizes, strides and dtype, until another device becomes the current one."""
-        if self.quick is not None and torch._C._cuda_getDevice() == self.device.index:
-            return self.quick
-        return self._ordinary
-
-    def _ordinary(self, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(sizes, strides, dtype=dtype, device=self.device)
-
-
-Form = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def packed(*sizes: int) -> Form:
-    """Sizes and strides of a contiguous tensor."""
-    strides = [1]
-    for size in sizes[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    return sizes, tuple(strides)
 
 
 class Box:
@@ -195,23 +165,21 @@ def direct(
             behind += (None, None, *told)
         metas = iter(compiled.metadata.tensordesc_meta or [None] * len(boxes))
         makers = [box and _maps(box, next(metas), make_map) for box in boxes]
-        by_extension = native and _relaunch(compiled, grid, makers, rest)
     except (AttributeError, TypeError, ValueError, StopIteration):
         return None
     boxed = len(makers)
+    kernel = native and relaunch.prepare(native, compiled, grid, makers, rest)
+    if kernel is not None:
+        run = native.relaunch
 
-    def sooner(tensors: tuple[Tensor | None, ...]) -> None:
-        told = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
-        if told or not relaunch(by_extension, get_stream(device), *tensors):
-            ordinary(tensors)
+        def sooner(tensors: tuple[Tensor | None, ...]) -> None:
+            if _told(hooks) or not run(kernel, get_stream(device), *tensors):
+                ordinary(tensors)
 
-    if by_extension:
-        relaunch = native.relaunch
         return sooner
 
     def again(tensors: tuple[Tensor | None, ...]) -> None:
-        # hooks that are no chain are somebody's own
-        if getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True):
+        if _told(hooks):
             ordinary(tensors)
             return
         arguments: list[Any] = []
@@ -227,36 +195,9 @@ def direct(
     return again
 
 
-def _relaunch(compiled: Any, grid: tuple[int, ...], makers: list[Any], rest: tuple[Any, ...]) -> Any:
-    """What the extension launches again: the parameters of the kernel, by the types that Triton gave its arguments;
-    None for a kind of launch or of argument that is not among those known here."""
-    metadata, types = compiled.metadata, list(compiled.src.signature.values())
-    run, given = compiled.run, len(types) - len(rest)
-    if metadata.num_ctas != 1 or run.launch_cooperative_grid or run.launch_pdl:
-        return None
-    parameters: list[tuple[str, int, bytes]] = []
-    for i, kind in enumerate(types):
-        make = makers[i] if i < len(makers) else None
-        if kind == "constexpr":
-            continue
-        if make is not None and isinstance(kind, str) and kind.startswith("tensordesc"):
-            parameters.append(("m", i, b""))
-            parameters += [("n", 0, number) for number in make.sizes]
-        elif i < given and kind[0] == "*":
-            parameters.append(("p", i, b""))
-        elif i >= given and kind in _PACKED:
-            parameters.append(("n", 0, struct.pack(_PACKED[kind], rest[i - given])))
-        else:
-            return None
-    # scratch memory, of which there is none
-    parameters += [("n", 0, bytes(8))] * 2
-    launch = ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx, ctypes.c_void_p).value
-    size = 32 * metadata.num_warps
-    over = lambda place, x: makers[place](x)[0]  # noqa: E731
-    return native.make_relaunch(launch, compiled.function, list(grid), size, metadata.shared, given, parameters, over)
-
-
-_PACKED = {"i32": "<i", "i64": "<q", "fp32": "<f"}
+def _told(hooks: Any) -> bool:
+    """Whether somebody listens to launches; hooks that are no chain are somebody's own."""
+    return bool(getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True))
 
 
 def _maps(box: Box, meta: Any, make_map: Callable[[Any, Any], list[Any]]) -> Callable[[Any], list[Any]]:

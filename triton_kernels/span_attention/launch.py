@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device.launch import Box, Launch, Memory, on_device_of, packed, remembered, signature
+from ..device.launch import Box, Launch, on_device_of, remembered, signature
+from ..device.memory import Memory, packed
 from . import tiles
 from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
 from .forward import gather_kept_kernel, span_attention_kernel
