@@ -1,5 +1,4 @@
-// A call as the 64-bit words that Python packs: pointers, strides, sizes. Order: see call.cpp and the Python twin,
-// streamkernels/backends/cuda_incremental_prefill.py.
+// A call as 64-bit words: pointers, strides, sizes. Order: see call.cpp and bind.h, which reads them from tensors.
 #pragma once
 
 #include <cstddef>
