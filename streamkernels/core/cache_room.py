@@ -33,7 +33,7 @@ class Ready(NamedTuple):
 
 
 def stage(cache: StreamCache, layer: int, role: Tensor | int, T: int) -> Staged:
-    ready = not cache.bounded and not watched()
+    ready = not cache.bounded and not torch.compiler.is_compiling()
     if ready and (again := _stage_again(cache, layer, role, T)) is not None:
         return again
     device = cache.form.devices[cache._layer("stage", layer)]
@@ -63,7 +63,8 @@ def stage(cache: StreamCache, layer: int, role: Tensor | int, T: int) -> Staged:
         windows=cache.windows,
         oldest=cache._lengths.oldest(layer) if cache.bounded and (cache._blind() or cache._lost) else None,
     )
-    if ready:
+    # a mode may have put something else in the place of tensors
+    if ready and not watched():
         _remember(cache, layer, staged)
     return staged
 

@@ -46,7 +46,7 @@ def look_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd is on and one of the tensors asks for it."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 def undispatched(*tensors: Tensor) -> bool:
