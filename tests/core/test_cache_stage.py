@@ -90,6 +90,22 @@ def test_growth_and_selection_are_seen(again: list[bool]) -> None:
     assert again == [False, False, True]
 
 
+@pytest.mark.parametrize("role", [SOURCE, TARGET])
+def test_room_made_between_two_stages_is_seen(again: list[bool], role: int) -> None:
+    cache = make()
+    for layer in (0, 1):
+        cache.stage(layer, role, 1)
+    cache.commit()
+    cache.reserve(**{("source", "target")[role]: 20})
+    for layer in (0, 1, 0):
+        check(cache.stage(layer, role, 1), cache, layer, role)
+    # nor is it another tensor of lengths
+    group = cache._lengths.groups[0]
+    group.committed = group.committed.clone()
+    check(cache.stage(0, role, 1), cache, 0, role)
+    assert again == [False, False, False, False, True, False]
+
+
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, StreamCache.fork])
 def test_a_copy_stages_its_own(twin_of: Any) -> None:
     cache = make()

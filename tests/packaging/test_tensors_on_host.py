@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamkernels import SOURCE, TARGET, StreamCache, _ext, incremental_prefill
 from streamkernels.backends import cuda_incremental_prefill, tensors
@@ -356,6 +357,42 @@ def test_room_grows(host: Host) -> None:
     assert host.last().lse != first.lse
     held = next(iter(cuda_incremental_prefill._held.values()))
     assert held.lse.numel() >= 300 * H * T and held.holds(1, 1, 300 * H * T)
+
+
+def test_known_calls_are_seen_by_who_watches(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    short: list[int] = []
+    run_again = api.run_again
+    monkeypatch.setattr(api, "run_again", lambda *a: short.append(1) or run_again(*a))
+    cache = cache_of()
+    q, k, v, cos, sin = chunk()
+
+    def step(q: Tensor) -> Tensor:
+        o = incremental_prefill(q, k, v, cos, sin, cache, 0, role=TARGET)
+        check_launch(host.last(), cache, 0, (q, k, v, cos, sin), o)
+        return o
+
+    step(q), step(q)
+    assert len(short) == 1 and not seen
+    with Watch():
+        step(q)
+    assert "streamkernels::incremental_prefill" in seen and len(short) == 1
+    # a parameter is a subclass, and a gradient is kept for whoever asks for one
+    with torch.no_grad():
+        for _ in range(3):
+            step(torch.nn.Parameter(q))
+    leaf = q.clone().requires_grad_()
+    assert step(leaf).grad_fn is not None and not step(q).requires_grad and len(short) == 2
+    with torch.no_grad():
+        assert step(leaf).grad_fn is None and len(short) == 3
+    with torch.inference_mode():
+        assert step(q).is_inference() and len(short) == 4
 
 
 def test_writes_are_counted_and_lse_is_fresh(host: Host) -> None:
