@@ -37,10 +37,21 @@ __device__ __forceinline__ void copy_elements(uint4* to, const Element* from, bo
 // A lane's 16 bytes of a row are an operand as they are: their first and third 4 bytes are row lane / 4 of a product,
 // the second and fourth are row lane / 4 + 8. The other operand has the first and third, or the second and fourth, of 8
 // query rows, so that of two such products the upper half of one and the lower half of the other count.
-// sum += them; `x` in the order first, third, second, fourth. Products that follow each other are cut off, not rounded:
-// they are added here.
-template <typename Element>
+// sum += them; `x` in the order first, third, second, fourth. Products cut off what they sum, and do not round it:
+// those that follow each other are added here, and where it would be seen (EXACT) one product sums half as many
+// numbers.
+template <typename Element, bool EXACT>
 __device__ __forceinline__ void fold(float (&sum)[2], const uint4& rows, const uint4& x) {
+  if constexpr (EXACT) {
+    float part[4][4] = {};
+    multiply_add<Element>(part[0], {rows.x, rows.y}, x.x);
+    multiply_add<Element>(part[1], {rows.z, rows.w}, x.y);
+    multiply_add<Element>(part[2], {rows.x, rows.y}, x.z);
+    multiply_add<Element>(part[3], {rows.z, rows.w}, x.w);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) sum[c] += (part[0][c] + part[1][c]) + (part[2][2 + c] + part[3][2 + c]);
+    return;
+  }
   float upper[4] = {}, lower[4] = {};
   multiply_add<Element>(upper, {rows.x, rows.y, rows.z, rows.w}, x.x, x.y);
   multiply_add<Element>(lower, {rows.x, rows.y, rows.z, rows.w}, x.z, x.w);
@@ -196,7 +207,8 @@ struct Walk {
 #pragma unroll 1
       for (int j = 0; j < STEPS; ++j) {
 #pragma unroll
-        for (int i = 0; i < kTileHeads; ++i) fold<Element>(s[i], *at(0, i, j), rows.q[(i ? second : first) + 4 * j]);
+        for (int i = 0; i < kTileHeads; ++i)
+          fold<Element, true>(s[i], *at(0, i, j), rows.q[(i ? second : first) + 4 * j]);
       }
       if (read) {
         copy(0, k, p.k.head, next_h);
@@ -209,9 +221,9 @@ struct Walk {
 #pragma unroll
         for (int i = 0; i < kTileHeads; ++i) {
           const uint4 x = *at(1, i, j);
-          fold<Element>(d[i], x, rows.o[(i ? second : first) + 4 * j]);
+          fold<Element, false>(d[i], x, rows.o[(i ? second : first) + 4 * j]);
           // the rows times themselves, whose diagonal counts
-          fold<Element>(squares[i], x, reordered(x));
+          fold<Element, true>(squares[i], x, reordered(x));
         }
       }
       if (read) copy(1, v, p.v.head, next_h);

@@ -50,11 +50,24 @@ __device__ __forceinline__ void send(const Rank& rank, uint32_t parked, uint32_t
   }
 }
 
-// Joins what the cluster's blocks sent, and what is parked here, and, where `parts` clusters share an item, hands it to
+// Called by all other readers: what is parked for this block itself.
+template <class S>
+__device__ __forceinline__ void keep(const Rank& rank, const char* parked, char* inbox) {
+#pragma unroll
+  for (int group = 0; group < S::kKeyGroups; ++group) {
+    const int source = rank.block * S::kKeyGroups + group;
+    const auto* from =
+        reinterpret_cast<const uint4*>(parked + (group * S::kRows + rank.block * rank.own_rows) * S::kRow);
+    auto* to = reinterpret_cast<uint4*>(inbox + source * rank.own_rows * S::kRow);
+    for (int i = threadIdx.x - 32; i < rank.mine * (S::kRow / 16); i += S::kReaders - 32) to[i] = from[i];
+  }
+}
+
+// Joins what the cluster's blocks sent and, where `parts` clusters share an item, hands it to
 // the last of them.
 template <class S>
 __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Rank& rank, int part, int parts,
-                                     const char* parked, const char* inbox, int* flag) {
+                                     const char* inbox, int* flag) {
   constexpr int kFours = S::D / 4, kAtOnce = 8, kParts = 8;
   const int sources = S::kKeyGroups * rank.blocks, items = p.HK * plan.tiles_m;
   const auto partial_of = [&](int n) { return Partial<S>(p.partials, n * items + rank.item); };
@@ -62,19 +75,16 @@ __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Ra
 #pragma unroll 1
   for (int i = threadIdx.x; i < rank.mine * kFours; i += S::kThreads) {
     const int row = i / kFours, column = i % kFours * 4;
-    const auto source = [&](int k) {
-      const int block = k / S::kKeyGroups, group = k % S::kKeyGroups;
-      const char* from =
-          block == rank.block ? parked + (group * S::kRows + first) * S::kRow : inbox + k * rank.own_rows * S::kRow;
-      return reinterpret_cast<const float*>(from + row * S::kRow);
-    };
+    const char* from = inbox + row * S::kRow;
     Part part_of_row = nothing();
 #pragma unroll 1
     for (int base = 0; base < sources; base += kAtOnce) {
       Sources<kAtOnce> some;
+      const char* base_row = from + base * rank.own_rows * S::kRow;
+      const auto at = [&](int k) { return reinterpret_cast<const float*>(base_row + k * rank.own_rows * S::kRow); };
       some.read(
-          sources - base, [&](int k) { return *reinterpret_cast<const float2*>(source(base + k) + S::D); },
-          [&](int k) { return *reinterpret_cast<const float4*>(source(base + k) + column); });
+          sources - base, [&](int k) { return *reinterpret_cast<const float2*>(at(k) + S::D); },
+          [&](int k) { return *reinterpret_cast<const float4*>(at(k) + column); });
       some.fold(part_of_row);
     }
     if (parts == 1) {

@@ -83,7 +83,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     publish();
     asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
     cluster_wait();
-    if (threadIdx.x < 32) send<S>(rank, shared_address(stages), base + plan.inbox, received);
+    if (threadIdx.x < 32) {
+      send<S>(rank, shared_address(stages), base + plan.inbox, received);
+    } else {
+      keep<S>(rank, stages, memory + plan.inbox);
+    }
   } else {
     NewRows<S> fresh;
     if (may_be_fresh) fresh.fetch(p, rank.at.hk);
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   // this block has what was sent to it: the others may leave
   cluster_arrive();
   __syncthreads();
-  join<S>(p, plan, rank, part, parts, stages, memory + plan.inbox, reinterpret_cast<int*>(memory + Layout::kFlag));
+  join<S>(p, plan, rank, part, parts, memory + plan.inbox, reinterpret_cast<int*>(memory + Layout::kFlag));
   cluster_wait();
 #endif
 }

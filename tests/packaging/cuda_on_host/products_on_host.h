@@ -35,28 +35,30 @@ inline void commit_copies() {}
 template <int N>
 void wait_copies() {}
 
-// One product of 16 x 16 and 16 x 8 with its operands where the instruction has them, see streamkernels/mma.cuh.
+// Products of 16 x 8 and 8 x 8, and of 16 x 16 and 16 x 8, with their operands where the instructions have them, see
+// streamkernels/mma.cuh.
 template <typename Element>
-void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void multiply_add(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
   const int lane = static_cast<int>(threadIdx.x % 32), row = lane / 4, column = lane % 4 * 2;
   for (int i = 0; i < 4; ++i) {
-    for (int half = 0; half < 2; ++half) {
-      // of the rows `row` and `row` + 8, and of two columns
-      const uint32_t b = half ? b1 : b0;
-      const uint32_t upper = __shfl_sync(0, a[2 * half], 4 * row + i);
-      const uint32_t lower = __shfl_sync(0, a[2 * half + 1], 4 * row + i);
-      const uint32_t left = __shfl_sync(0, b, 4 * column + i), right = __shfl_sync(0, b, 4 * (column + 1) + i);
-      const uint32_t rows[2] = {upper, lower}, columns[2] = {left, right};
-      for (int y = 0; y < 2; ++y) {
-        for (int x = 0; x < 2; ++x) {
-          Element r[2], c[2];
-          std::memcpy(r, &rows[y], 4);
-          std::memcpy(c, &columns[x], 4);
-          for (int e = 0; e < 2; ++e) sum[2 * y + x] += to_float(r[e]) * to_float(c[e]);
-        }
+    // of the rows `row` and `row` + 8, and of two columns
+    const uint32_t upper = __shfl_sync(0, a[0], 4 * row + i), lower = __shfl_sync(0, a[1], 4 * row + i);
+    const uint32_t left = __shfl_sync(0, b, 4 * column + i), right = __shfl_sync(0, b, 4 * (column + 1) + i);
+    const uint32_t rows[2] = {upper, lower}, columns[2] = {left, right};
+    for (int y = 0; y < 2; ++y) {
+      for (int x = 0; x < 2; ++x) {
+        Element r[2], c[2];
+        std::memcpy(r, &rows[y], 4);
+        std::memcpy(c, &columns[x], 4);
+        for (int e = 0; e < 2; ++e) sum[2 * y + x] += to_float(r[e]) * to_float(c[e]);
       }
     }
   }
+}
+template <typename Element>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_add<Element>(sum, {a[0], a[1]}, b0);
+  multiply_add<Element>(sum, {a[2], a[3]}, b1);
 }
 
 }  // namespace sk
