@@ -186,16 +186,17 @@ def warmup(
 
 def _warm_incremental_prefill(place: torch.device, D: int, dtype: torch.dtype, H: int, HK: int) -> int:
     """The forward for rows of one role and of any, rotated by the kernel or before, and for one row, a few, and chunks
-    that are long; what the kernel is compiled for is H // HK."""
+    that are long, and before many keys; what the kernel is compiled for is H // HK."""
     from ..core.cache import SOURCE, TARGET, StreamCache
     from ..ops.incremental_prefill import incremental_prefill as op
 
     ran = 0
     R, long = H // HK, _launch("incremental_prefill", "LONG_CHUNK")
-    for T in sorted({1, 16 // R + 1, long, 1024 // R + 1}):
+    few = [(T, T + 1024) for T in sorted({1, 16 // R + 1, long, 1024 // R + 1})]
+    for T, capacity in (*few, (long - 1, _launch("incremental_prefill", "far_capacity")(place, H))):
         q, k = (torch.zeros(1, heads, T, D, dtype=dtype, device=place) for heads in (H, HK))
         cache = StreamCache(
-            layers=1, batch=1, kv_heads=HK, head_dim=D, dtype=dtype, device=place, capacity=T + 1024, fixed=True
+            layers=1, batch=1, kv_heads=HK, head_dim=D, dtype=dtype, device=place, capacity=capacity, fixed=True
         )
         limit = torch.zeros(1, T, dtype=torch.int32, device=place)
         mixed = torch.zeros(1, T, dtype=torch.int8, device=place)

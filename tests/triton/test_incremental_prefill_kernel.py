@@ -67,6 +67,9 @@ CALLS = {
     "odd head dim": Call(D=80, rotary=80, T=3),
     "smallest head dim": Call(D=8, rotary=8, strided=True),
     "long": LONG,
+    "tile edges": Call(B=3, H=6, HK=1, T=3, length=((64, 128), (63, 65), (0, 64)), capacity=(64, 131), rotary=16),
+    "edges, sources": Call(B=3, H=6, HK=1, T=3, length=((64, 1), (63, 0), (0, 9)), capacity=(130, 9), role="source"),
+    "uneven parts": Call(B=3, H=2, HK=1, T=40, length=((600, 500), (64, 0), (63, 700)), capacity=(640, 740), rotary=16),
     "begins": replace(LONG, begin=(100, 100)),
     "sinks": replace(LONG, begin=(100, 140), sinks=(3, 70, 0), T=7),
     "softcap": Call(softcap=2.0, sink_logits=True, rotary=16, sharp=4.0),
@@ -350,6 +353,25 @@ def test_captured_once_for_all_lengths(T):
         graph.replay()
         assert torch.equal(o, want_o) and torch.equal(lse, want_lse)
         assert all(torch.equal(x, y) for x, y in zip(arguments[5:9], want_segments, strict=True))
+
+
+def test_parts_fill_the_gpu(monkeypatch):
+    """The parts of all items together hold every share once, in no more waves of programs than they need."""
+    from streamkernels.triton_kernels.incremental_prefill import launch, tiles
+
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    choice = tiles.tile("some", 90, 128, 2)
+    for items in (1, 4, 16, 56, 100, 224, 264, 300, 448, 5000):
+        for keys in (1, 64, 1000, 10_000, 200_000):
+            even, weight, shares = launch.share_out(torch.device("cpu"), items, choice, keys)
+            assert even >= 1 and weight >= 1 and 0 <= shares - even * weight <= 1
+            assert even <= tiles.MOST_SPLITS and (items * even <= 264 or even == 1)
+            if shares > even * weight:
+                # the small parts end with the even ones
+                idle = -items * even % 264
+                assert weight * idle >= items and -(-keys // choice.block_s) >= 4 * shares
+    assert launch.share_out(torch.device("cpu"), 224, choice, 65536) == (1, 6, 7)
+    assert launch.share_out(torch.device("cpu"), 224, choice, 1024) == (1, 1, 1)
 
 
 @pytest.mark.skipif(not GPU, reason="the interpreter compiles nothing")

@@ -7,10 +7,12 @@ from typing import Any
 
 from . import tiles
 from .backward import dkdv_kernel, dq_kernel, place_kernel, rotate_kernel, row_statistics_kernel
-from .forward import attend_kernel, merge_kernel
+from .forward import attend_kernel
+from .merge import merge_few_kernel, merge_kernel
 from .sight import count_chunks_kernel
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+BOXES = ("source_k_box", "source_v_box", "target_k_box", "target_v_box")
 INT32 = ("length", "status", "counts", "source_limit", "source_begin", "target_begin", "sight", "placed", "kept")
 FP32 = (
     "cos",
@@ -31,7 +33,8 @@ PLAIN = {
     "R": 7, "INTERLEAVED": False, "HAS_ROLE": False, "HAS_COUNTS": False, "SEGMENT": 1, "HAS_LIMIT": True,
     "HAS_SOURCE_BEGIN": False,
     "HAS_TARGET_BEGIN": False, "SINKS": False, "RINGS": 0, "SOFTCAP": False, "SINK_LOGITS": False, "CHUNK": True,
-    "SPLIT": True, "MOST": tiles.MOST_SPLITS, "BLOCK_P": 16, "BACK": True, "HAS_DLSE": True, "BLOCK_T": 32,
+    "SPLIT": True, "THROUGH_MEMORY": False, "MOST": tiles.MOST_SPLITS, "BLOCK_P": 16,
+    "BACK": True, "HAS_DLSE": True, "BLOCK_T": 32,
 }  # fmt: skip
 FEATURES: dict[str, dict[str, Any]] = {
     "no split": {"SPLIT": False},
@@ -41,6 +44,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"SOFTCAP": True},
     "sink logits": {"SINK_LOGITS": True, "SPLIT": False},
     "interleaved": {"INTERLEAVED": True},
+    "far": {"THROUGH_MEMORY": True},
     "D=80": {"D": 80, "ROTARY": 80},
 }
 
@@ -50,7 +54,7 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
     for D in (64, 128, 256):
         for kind in tiles.KINDS:
             # many rows come with long chunks, which are written before
-            feature = {"CHUNK": False, "SPLIT": False} if kind == "many" else {}
+            feature = {"CHUNK": False, "SPLIT": False, "THROUGH_MEMORY": True} if kind == "many" else {}
             yield _case(f"{kind} D={D} bf16", attend_kernel, kind, capability, D, "bf16", feature)
         yield _case(f"dq D={D} bf16", dq_kernel, "dq", capability, D, "bf16", {})
         yield _case(f"dkdv D={D} bf16", dkdv_kernel, "dkdv", capability, D, "bf16", {})
@@ -62,11 +66,12 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
     yield _case("some fp16", attend_kernel, "some", capability, 128, "fp16", {})
     yield _case("many chunk", attend_kernel, "many", capability, 128, "bf16", {})
     small = {
-        "merge": merge_kernel, "count": count_chunks_kernel, "place": place_kernel, "rotate": rotate_kernel,
-        "statistics": row_statistics_kernel,
+        "merge": merge_kernel, "merge few": merge_few_kernel, "count": count_chunks_kernel, "place": place_kernel,
+        "rotate": rotate_kernel, "statistics": row_statistics_kernel,
     }  # fmt: skip
     for name, kernel in small.items():
-        yield _case(name, kernel, "few", capability, 128, "bf16", {})
+        feature = {"MOST": tiles.FEW_PARTS, "BLOCK_P": 8} if name == "merge few" else {}
+        yield _case(name, kernel, "few", capability, 128, "bf16", feature)
     for name, feature in FEATURES.items():
         yield _case(f"some {name}", attend_kernel, "some", capability, 128, "bf16", feature)
 
@@ -87,8 +92,14 @@ def _case(
         "BLOCK_M": choice.block_m, "BLOCK_S": choice.block_s, "BLOCK_C": choice.block_c, "BLOCK_D": tiles.block_d(D),
         "STAGES": choice.num_stages, **feature,
     }  # fmt: skip
+    values["BOXES"] = choice.boxes and not holes and not values["RINGS"]
+    box = "constexpr"
+    if values["BOXES"]:
+        box = f"tensordesc<{POINTERS[dtype][1:]}[1,1,{choice.block_s},{tiles.block_d(D)}]>"
+    else:
+        values |= dict.fromkeys(BOXES)
     constexprs = {key: value for key, value in values.items() if key in kernel.arg_names}
-    signature = {n: _type(n, dtype, constexprs) for n in kernel.arg_names}
+    signature = {n: box if n in BOXES else _type(n, dtype, constexprs) for n in kernel.arg_names}
     return name, kernel, signature, constexprs, {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
 
 

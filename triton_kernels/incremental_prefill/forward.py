@@ -1,10 +1,13 @@
 """incremental_prefill forward: one launch that rotates, writes and attends, and a small one that joins its splits.
 
-Grid (row tiles * splits, HK, B). A program takes BLOCK_M rows of one key head, T rows times R query heads packed so
-that they share its keys, and its share of the key tiles that these rows see, computed from the lengths in device
-memory: the same grid serves every length. The first split also takes the chunk itself, rotated on the way; the other
-programs read only keys of earlier calls, so that no program waits for another, and the last row tile writes the chunk.
-A long chunk is written by `rotate_append` before (CHUNK off): its keys are then found in the segments.
+A program takes BLOCK_M rows of one key head, T rows times R query heads packed so that they share its keys, and its
+part of the key tiles that these rows see, computed from the lengths in device memory: the same grid serves every
+length. The first part also takes the chunk itself, rotated on the way; the other programs read only keys of earlier
+calls, so that no program waits for another, and the last row tile writes the chunk. A long chunk is written by
+`rotate_append` before (CHUNK off): its keys are then found in the segments.
+
+Where nothing hides keys from rows that see later ones, keys and values come through descriptors (BOXES, `walk.py`),
+else by their addresses.
 """
 
 import triton
@@ -12,7 +15,8 @@ import triton.language as tl
 
 from ..device.products import add_weighted, scores
 from ..device.rope import load_rotated
-from ..device.softmax import cap, from_natural, natural_log, online_softmax, power
+from ..device.softmax import LOWEST, cap, online_softmax
+from .merge import finish_rows
 from .sight import (
     STEP,
     count_tiles,
@@ -25,21 +29,42 @@ from .sight import (
     locate_tile,
     oldest_held,
     rank_rows,
+    seen_from_begin,
     sees_key,
     slots_of,
 )
+from .walk import attend_box, attend_short, is_short
 
 
 @triton.jit
-def finish_rows(acc, m, norm, sink_logits, h, SINK_LOGITS: tl.constexpr, PRECISION: tl.constexpr):
-    """o and the natural lse of rows whose keys are all in: acc [ROWS, BLOCK_D], m and norm [ROWS], h their heads."""
-    nothing = norm == 0
-    total = tl.where(nothing, 1.0, norm)
-    natural = tl.where(nothing, float("-inf"), natural_log(m, total, PRECISION))
-    if SINK_LOGITS:
-        shift = tl.where(nothing, 0.0, m)
-        total += power(from_natural(tl.load(sink_logits + h).to(tl.float32), PRECISION) - shift, PRECISION)
-    return acc / total[:, None], natural
+def program_part(even, weight, shares):
+    """(item, part, parts, items) of a program, an item being a row tile of one key head: the even parts of all items
+    start first, and what is left of each then fills the multiprocessors that would stand idle."""
+    parts = even + (shares > even * weight).to(tl.int32)
+    items = tl.num_programs(0) // parts
+    i = tl.program_id(0)
+    left = i >= items * even
+    return tl.where(left, i - items * even, i // even), tl.where(left, even, i % even), parts, items
+
+
+@triton.jit
+def part_begin(part, total, weight, shares):
+    """The first of `total` key tiles that belongs to a part."""
+    return tl.minimum(part * weight, shares) * total // shares
+
+
+@triton.jit
+def through_memory(rows, part_o, part_at, o, o_at, inside, D: tl.constexpr, SPLIT: tl.constexpr):
+    """rows [BLOCK_M, BLOCK_D], stored where this program's result will stand and loaded again: a product takes what was
+    loaded from shared memory, and what was computed from registers, which it then fills anew for every tile of keys."""
+    d = tl.arange(0, rows.shape[1])[None, :]
+    if SPLIT:
+        at = part_o.to(tl.pointer_type(rows.dtype)) + part_at[:, None] * (2 * D) + d
+    else:
+        at = o + o_at[:, None] + d
+    tl.store(at, rows, mask=inside[:, None] & (d < D))
+    tl.debug_barrier()
+    return tl.load(at, mask=inside[:, None] & (d < D), other=0.0)
 
 
 @triton.jit
@@ -86,8 +111,8 @@ def write_rows(to_k, to_v, slots, keys, values, mask, k_s, v_s, D: tl.constexpr,
 
 @triton.jit(
     do_not_specialize=[
-        "T", "HK", "splits", "source_capacity", "target_capacity", "source_sinks", "target_sinks", "ring_sinks",
-        "source_window", "target_window",
+        "T", "HK", "heads", "even", "weight", "shares", "source_capacity", "target_capacity", "source_sinks",
+        "target_sinks", "ring_sinks", "source_window", "target_window",
         "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "cos_b", "cos_t", "sin_b", "sin_t",
         "sk_b", "sk_h", "sk_t", "sv_b", "sv_h", "sv_t", "tk_b", "tk_h", "tk_t", "tv_b", "tv_h", "tv_t",
         "o_b", "o_h", "o_t", "length_b", "length_r", "role_b", "role_t", "limit_b", "limit_t",
@@ -95,6 +120,8 @@ def write_rows(to_k, to_v, slots, keys, values, mask, k_s, v_s, D: tl.constexpr,
     ]
 )  # fmt: skip
 def attend_kernel(
+    # descriptors over the segments with tiles [1, 1, BLOCK_S, BLOCK_D], or None
+    source_k_box, source_v_box, target_k_box, target_v_box,
     q,  # [B, H, T, D]
     k, v,  # [B, HK, T, D]
     cos, sin,  # [B or 1, T, ROTARY / 2]
@@ -107,10 +134,11 @@ def attend_kernel(
     sink_logits,  # [H]
     o,  # [B, H, T, D]
     lse,  # fp32 [B, H, T]
-    # fp32 [B, HK, T R, splits, D], and twice [B, HK, T R, splits]
+    # fp32 [B, HK, T R, parts, D], and twice [B, HK, T R, parts]
     part_o, part_m, part_norm,
-    inner, outer, T, HK, splits, source_capacity, target_capacity, source_sinks, target_sinks, ring_sinks,
-    source_window, target_window,
+    # the keys of a row tile are cut into `shares`: `even` parts of `weight` of them, and one of what is left, if any
+    inner, outer, T, HK, heads, even, weight, shares, source_capacity, target_capacity, source_sinks, target_sinks,
+    ring_sinks, source_window, target_window,
     # strides of rows of D come in units of 8 elements: their alignment is then known without compiling for it
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, cos_b, cos_t, sin_b, sin_t,
     sk_b, sk_h, sk_t, sv_b, sv_h, sv_t, tk_b, tk_h, tk_t, tv_b, tv_h, tv_t, o_b, o_h, o_t,
@@ -121,22 +149,24 @@ def attend_kernel(
     HAS_TARGET_BEGIN: tl.constexpr, SINKS: tl.constexpr, RINGS: tl.constexpr, SOFTCAP: tl.constexpr,
     SINK_LOGITS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BOXES: tl.constexpr, THROUGH_MEMORY: tl.constexpr,
 ):  # fmt: skip
     # keys between what rows see exist only where something hides them
     HOLES: tl.constexpr = HAS_SOURCE_BEGIN or HAS_TARGET_BEGIN or SINKS or RINGS > 0
     BOTH: tl.constexpr = HAS_ROLE or SEGMENT == 1
-    hk = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    tiles = tl.num_programs(0) // splits
-    split = tl.program_id(0) % splits
+    item, part, parts, items = program_part(even, weight, shares)
+    hk = (item % HK).to(tl.int64)
+    b = (item % heads // HK).to(tl.int64)
     # later rows see more: they start first
-    tile = tiles - 1 - tl.program_id(0) // splits
+    tiles = items // heads
+    tile = tiles - 1 - item // heads
     x = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = x < T * R
     t = tl.minimum(x // R, T - 1)
     h = (hk * R).to(tl.int32) + x % R
     d = tl.arange(0, BLOCK_D)
+    first_row = tile * BLOCK_M // R
+    last_row = tl.minimum(((tile + 1) * BLOCK_M - 1) // R, T - 1)
     role += b * role_b
     counts += b * tl.cdiv(T, STEP) * 2
 
@@ -163,13 +193,16 @@ def attend_kernel(
 
     # [BLOCK_M, BLOCK_D]
     at = b * (q_b * 8) + h.to(tl.int64) * (q_h * 8) + t.to(tl.int64) * (q_t * 8)
+    o_at = b * (o_b * 8) + h.to(tl.int64) * (o_h * 8) + t.to(tl.int64) * (o_t * 8)
     angle = (b * cos_b + t.to(tl.int64) * cos_t)[:, None]
     angle_sin = (b * sin_b + t.to(tl.int64) * sin_t)[:, None]
     rows = load_rotated(
         q + at[:, None], cos + angle, sin + angle_sin, asks[:, None], D, ROTARY, INTERLEAVED, BLOCK_D, False
     )
     rows = rows.to(q.dtype.element_ty)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if THROUGH_MEMORY:
+        rows = through_memory(rows, part_o, ((b * HK + hk) * (T * R) + x) * parts + part, o, o_at, inside, D, SPLIT)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -185,10 +218,10 @@ def attend_kernel(
         chunk_tiles = tl.cdiv(T, BLOCK_C)
         if not HAS_ROLE:
             # rows of one role see nothing of the chunk behind themselves
-            chunk_tiles = tl.cdiv(tl.minimum(((tile + 1) * BLOCK_M - 1) // R + 1, T), BLOCK_C)
+            chunk_tiles = tl.cdiv(last_row + 1, BLOCK_C)
         sources = 0
         targets = 0
-        for c in tl.range(0, tl.where(split == 0, chunk_tiles, 0), num_stages=1):
+        for c in tl.range(0, tl.where(part == 0, chunk_tiles, 0), num_stages=1):
             tc = c * BLOCK_C + tl.arange(0, BLOCK_C)
             of_source, of_target, held, j, sources, targets, full = place_chunk(
                 role, tc, T, role_t, sources, targets, source_length, target_length, source_total, target_total,
@@ -213,40 +246,90 @@ def attend_kernel(
                 write_rows(target_k, target_v, to, keys, values, of_target & writes, tk_t, tv_t, D, BLOCK_D)
             if writes & (full > 0):
                 tl.atomic_or(status, full)
-            seen = of_source[None, :] & sees_key(
-                source_low[:, None], source_high[:, None], j[None, :], source_sinks, SINKS
-            )
-            if BOTH:
-                seen |= of_target[None, :] & sees_key(
-                    target_low[:, None], target_high[:, None], j[None, :], target_sinks, SINKS
+            if BOXES and not HAS_ROLE:
+                # rows of one role see themselves and those before
+                used = (of_source | of_target) & (tc <= last_row)
+                seen = used[None, :] & (tc[None, :] <= t[:, None])
+            else:
+                seen = of_source[None, :] & sees_key(
+                    source_low[:, None], source_high[:, None], j[None, :], source_sinks, SINKS
                 )
-            used = tl.max((seen & asks[:, None]).to(tl.int32), 0)
-            values = tl.where(used[:, None] > 0, values, 0.0)
+                if BOTH:
+                    seen |= of_target[None, :] & sees_key(
+                        target_low[:, None], target_high[:, None], j[None, :], target_sinks, SINKS
+                    )
+                used = tl.max((seen & asks[:, None]).to(tl.int32), 0) > 0
+            values = tl.where(used[:, None], values, 0.0)
             s = cap(scores(rows, keys, PRECISION), inner, SOFTCAP)
             s = tl.where(seen, s, float("-inf"))
-            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
+            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION, True)
             acc = add_weighted(acc * alpha[:, None], p, values, PRECISION)
 
-    # this program's share of the segments' tiles; the chunk counts as tiles of the first split
+    # this program's part of the segments' tiles
     source_kept = tl.maximum(source_length if CHUNK else source_total, 0)
     target_kept = tl.maximum(target_length if CHUNK else target_total, 0)
     if RINGS % 2 == 0:
         source_kept = tl.minimum(source_kept, source_capacity)
     if RINGS < 2:
         target_kept = tl.minimum(target_kept, target_capacity)
-    first_end, begin, end, most_begin, least_end = hull(source_low, source_high, asks, source_kept, source_sinks, SINKS)
-    source_tiles = count_tiles(first_end, begin, end, BLOCK_S, SINKS)
-    both_tiles = source_tiles
-    if BOTH:
-        first_end2, begin2, end2, most_begin2, least_end2 = hull(
-            target_low, target_high, asks, target_kept, target_sinks, SINKS
+    if BOXES:
+        # every row that sees anything of a segment sees its first key
+        if HAS_ROLE or HAS_LIMIT:
+            end, least_end = seen_from_begin(source_high, asks, source_kept)
+        elif SEGMENT == 0:
+            end, least_end = tl.minimum(source_length + last_row + 1, source_kept), source_length + first_row + 1
+        else:
+            end, least_end = source_kept, source_kept
+        if HAS_ROLE:
+            end2, least_end2 = seen_from_begin(target_high, asks, target_kept)
+        else:
+            end2, least_end2 = tl.minimum(target_length + last_row + 1, target_kept), target_length + first_row + 1
+        end, end2 = tl.maximum(end, 0), tl.maximum(end2, 0)
+        source_tiles = tl.cdiv(end, BLOCK_S)
+        both_tiles = source_tiles
+        if BOTH:
+            both_tiles += tl.cdiv(end2, BLOCK_S)
+    else:
+        first_end, begin, end, most_begin, least_end = hull(
+            source_low, source_high, asks, source_kept, source_sinks, SINKS
         )
-        both_tiles += count_tiles(first_end2, begin2, end2, BLOCK_S, SINKS)
-    share = tl.cdiv(both_tiles + chunk_tiles, splits)
-    from_tile = tl.maximum(split * share - chunk_tiles, 0)
-    to_tile = tl.minimum((split + 1) * share - chunk_tiles, both_tiles)
+        source_tiles = count_tiles(first_end, begin, end, BLOCK_S, SINKS)
+        both_tiles = source_tiles
+        if BOTH:
+            first_end2, begin2, end2, most_begin2, least_end2 = hull(
+                target_low, target_high, asks, target_kept, target_sinks, SINKS
+            )
+            both_tiles += count_tiles(first_end2, begin2, end2, BLOCK_S, SINKS)
+    # the chunk counts as tiles of the first part
+    from_tile = tl.maximum(part_begin(part, both_tiles + chunk_tiles, weight, shares) - chunk_tiles, 0)
+    to_tile = tl.maximum(part_begin(part + 1, both_tiles + chunk_tiles, weight, shares) - chunk_tiles, 0)
+    if BOXES:
+        to_source = tl.minimum(to_tile, source_tiles)
+        m, norm, acc = attend_box(
+            m, norm, acc, rows, source_k_box, source_v_box, b, hk, from_tile, to_source, end, least_end, source_high,
+            inner, outer, SOFTCAP, PRECISION, BLOCK_S, BLOCK_D, STAGES,
+        )  # fmt: skip
+        first_short = is_short(from_tile, to_source, end, BLOCK_S)
+        second_short = 0
+        if BOTH:
+            from_target = tl.maximum(from_tile - source_tiles, 0)
+            m, norm, acc = attend_box(
+                m, norm, acc, rows, target_k_box, target_v_box, b, hk, from_target, to_tile - source_tiles, end2,
+                least_end2, target_high, inner, outer, SOFTCAP, PRECISION, BLOCK_S, BLOCK_D, STAGES,
+            )  # fmt: skip
+            second_short = is_short(from_target, to_tile - source_tiles, end2, BLOCK_S)
+        for i in tl.range(1 - first_short, 1 + second_short, num_stages=1):
+            stop, high, from_k, from_v, k_s, v_s = end, source_high, source_k, source_v, sk_t, sv_t
+            if BOTH:
+                stop, high = tl.where(i > 0, end2, end), tl.where(i > 0, target_high, source_high)
+                from_k, from_v = tl.where(i > 0, target_k, source_k), tl.where(i > 0, target_v, source_v)
+                k_s, v_s = tl.where(i > 0, tk_t, sk_t), tl.where(i > 0, tv_t, sv_t)
+            m, norm, acc = attend_short(
+                m, norm, acc, rows, from_k, from_v, k_s, v_s, stop, high, inner, outer, SOFTCAP, PRECISION, D, BLOCK_S,
+                BLOCK_D,
+            )  # fmt: skip
     # not a bare loop: see attend_slots of span_attention
-    if to_tile > from_tile:
+    elif to_tile > from_tile:
         for i in tl.range(from_tile, to_tile, num_stages=STAGES):
             start, stop = locate_tile(i, first_end, begin, end, BLOCK_S, SINKS)
             low, high, most, least = source_low, source_high, most_begin, least_end
@@ -275,7 +358,7 @@ def attend_kernel(
                 s = tl.where(seen, s, float("-inf"))
             elif not whole:
                 s = tl.where(j[None, :] < tl.minimum(high, stop)[:, None], s, float("-inf"))
-            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION)
+            m, norm, p, alpha = online_softmax(m, norm, s, outer, PRECISION, True)
             values = tl.load(from_v + row * (v_s * 8) + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
             acc = add_weighted(acc * alpha[:, None], p, values, PRECISION)
 
@@ -284,54 +367,11 @@ def attend_kernel(
     acc = tl.where(asks[:, None], acc, 0.0)
     if SPLIT:
         m = tl.where(norm == 0, float("-inf"), m)
-        part = ((b * HK + hk) * (T * R) + x) * splits + split
-        tl.store(part_m + part, m, mask=inside)
-        tl.store(part_norm + part, norm, mask=inside)
-        tl.store(part_o + part[:, None] * D + d[None, :], acc, mask=(inside & (norm != 0))[:, None] & (d < D)[None, :])
+        at = ((b * HK + hk) * (T * R) + x) * parts + part
+        tl.store(part_m + at, m, mask=inside)
+        tl.store(part_norm + at, norm, mask=inside)
+        tl.store(part_o + at[:, None] * D + d[None, :], acc, mask=(inside & (norm != 0))[:, None] & (d < D)[None, :])
     else:
         out, natural = finish_rows(acc, m, norm, sink_logits, h, SINK_LOGITS, PRECISION)
-        at = b * (o_b * 8) + h.to(tl.int64) * (o_h * 8) + t.to(tl.int64) * (o_t * 8)
-        tl.store(o + at[:, None] + d[None, :], out.to(o.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+        tl.store(o + o_at[:, None] + d[None, :], out.to(o.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
         tl.store(lse + (b * HK * R + h) * T + t, natural, mask=inside)
-
-
-@triton.jit(do_not_specialize=["T", "HK", "splits", "o_b", "o_h", "o_t"])
-def merge_kernel(
-    part_o, part_m, part_norm,  # fp32 [B, HK, T R, splits, D], and twice [B, HK, T R, splits]
-    sink_logits,  # [H]
-    o,  # [B, H, T, D]
-    lse,  # fp32 [B, H, T]
-    T, HK, splits, o_b, o_h, o_t,
-    R: tl.constexpr, D: tl.constexpr, SINK_LOGITS: tl.constexpr, PRECISION: tl.constexpr, MOST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Join the splits of one row, in their order; grid (T R, HK, B). MOST: the most splits that a launch may have."""
-    x = tl.program_id(0)
-    hk = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    h = hk * R + x % R
-    t = x // R
-    d = tl.arange(0, BLOCK_D)[None, :]
-    part = ((b * HK + hk) * (T * R) + x) * splits
-    all_parts = tl.arange(0, MOST)
-    all_m = tl.load(part_m + part + all_parts, mask=all_parts < splits, other=float("-inf"))
-    top = tl.max(all_m, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    norm = tl.zeros([BLOCK_P], tl.float32)
-    acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    for start in tl.range(0, splits, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        weight = power(tl.load(part_m + part + p, mask=p < splits, other=float("-inf")) - shift, PRECISION)
-        share = tl.load(part_norm + part + p, mask=p < splits, other=0.0)
-        norm += weight * share
-        full = (share != 0)[:, None]
-        rows = tl.load(part_o + (part + p)[:, None] * D + d, mask=full & (d < D), other=0.0)
-        acc += weight[:, None] * rows
-    one = tl.arange(0, 1)
-    out, natural = finish_rows(
-        tl.sum(acc, 0)[None, :], top + one * 0.0, tl.sum(norm, 0) + one * 0.0, sink_logits, h + one, SINK_LOGITS,
-        PRECISION,
-    )  # fmt: skip
-    at = b * (o_b * 8) + h * (o_h * 8) + t.to(tl.int64) * (o_t * 8)
-    tl.store(o + at + d, out.to(o.dtype.element_ty), mask=d < D)
-    tl.store(lse + (b * HK * R + h) * T + t + one, natural)

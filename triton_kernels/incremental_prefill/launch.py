@@ -14,12 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
+from ..device.launch import Box, Launch, on_device_of, remembered, signature
+from ..device.memory import Memory, packed
 from . import tiles
-from .forward import attend_kernel, merge_kernel
+from .forward import attend_kernel
+from .merge import merge_few_kernel, merge_kernel
 from .sight import STEP, count_chunks_kernel
 
 LONG_CHUNK = tiles.LONG_CHUNK
 LOG2E = 1.4426950408889634
+# by the signature of a call
+PLANS: dict[Any, _Forward] = {}
 
 
 def incremental_prefill(
@@ -34,44 +39,99 @@ def incremental_prefill(
 
     `written`: the chunk lies in the segments already, so it is read there.
     """
-    B, H, T, D = q.shape
-    HK = k.shape[1]
-    o = q.new_empty((B, T, H, D)).transpose(1, 2)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    if o.numel() == 0:
-        return o, lse.fill_(-math.inf)
-    q, k, v = aligned(q), aligned(k), aligned(v)
-    capacities = (source_k.shape[2], target_k.shape[2])
+    if q.numel() == 0:
+        B, H, T, D = q.shape
+        o = q.new_empty((B, T, H, D)).transpose(1, 2)
+        return o, torch.full((B, H, T), -math.inf, dtype=torch.float32, device=q.device)
+    segments = (source_k, source_v, target_k, target_v)
+    rest = (length, status, role, source_limit, source_begin, target_begin, sink_logits)
     windows = (source_window, target_window) if bounded else (0, 0)
     sinks = [max(n, ring_sinks if w else 0) for n, w in zip((source_sinks, target_sinks), windows, strict=True)]
-    rows = T * (H // HK)
-    holes = source_begin is not None or target_begin is not None or max(*sinks, *windows) > 0
-    choice = tiles.tile(tiles.forward_kind(rows), capability(q.device), D, q.element_size(), holes)
-    row_tiles = triton.cdiv(rows, choice.block_m)
-    splits = count_splits(q.device, row_tiles * HK * B, choice, sum(capacities) + (0 if written else T))
-    parts = _parts(B * HK * rows, splits, D, q.device) if splits > 1 else (lse, lse, lse)
-    logits = lse if sink_logits is None else sink_logits
-    meta = constants(q, H // HK, cos, interleaved, role, segment, source_limit, (source_begin, target_begin), sinks)
-    with torch.cuda.device_of(q):
-        attend_kernel[(row_tiles * splits, HK, B)](
-            q, k, v, *((q, q) if cos is None or sin is None else (cos, sin)),
-            source_k, source_v, target_k, target_v, length, status,
+    numbers = (*sinks, ring_sinks, *windows)
+    key = (segment, numbers, scale, softcap, interleaved, written, signature(q, k, v, cos, sin, *segments, *rest))
+
+    def make() -> _Forward:
+        meta = constants(q, q.shape[1] // k.shape[1], cos, interleaved, role, segment, source_limit,
+                         (source_begin, target_begin), sinks)  # fmt: skip
+        return _Forward((q, k, v), (cos, sin), segments, rest, numbers, scale, softcap, meta, written)
+
+    plan = remembered(PLANS, key, make)
+    if not plan.as_given:
+        q, k, v = aligned(q), aligned(k), aligned(v)
+    empty = plan.memory.here()
+    o, lse = empty(*plan.o, q.dtype), empty(*plan.lse, torch.float32)
+    parts: tuple[Tensor, ...] = (lse, lse, lse)
+    with on_device_of(q):
+        if plan.merge is not None:
+            parts = empty(*plan.parts, torch.float32).split(plan.pieces)
+        logits = lse if sink_logits is None else sink_logits
+        plan.attend(
+            *(segments if plan.boxes else (None, None, None, None)),
+            q, k, v, *((q, q) if cos is None or sin is None else (cos, sin)), *segments, length, status,
             *present(status, role, count_chunks(role), source_limit, source_begin, target_begin),
             logits, o, lse, *parts,
-            *factors(scale, softcap, q.dtype), T, HK, splits, *capacities, *sinks, ring_sinks, *windows,
-            *eighths(q), *eighths(k), *eighths(v), *angle_strides(cos, sin),
-            *eighths(source_k), *eighths(source_v), *eighths(target_k), *eighths(target_v), *eighths(o),
-            *length.stride(), *strides(role), *strides(source_limit), *strides(source_begin), *strides(target_begin),
-            RINGS=(windows[0] > 0) + 2 * (windows[1] > 0), SOFTCAP=softcap != 0.0, SINK_LOGITS=sink_logits is not None,
-            CHUNK=not written, SPLIT=splits > 1, **meta, **shape(choice, D),
         )  # fmt: skip
-        if splits > 1:
-            merge_kernel[(rows, HK, B)](
-                *parts, logits, o, lse, T, HK, splits, *eighths(o),
-                R=H // HK, D=D, SINK_LOGITS=sink_logits is not None, PRECISION=meta["PRECISION"],
-                MOST=tiles.MOST_SPLITS, BLOCK_P=16, BLOCK_D=tiles.block_d(D), num_warps=4,
-            )  # fmt: skip
+        if plan.merge is not None:
+            plan.merge(*parts, logits, o, lse)
     return o, lse
+
+
+class _Forward:
+    """What calls of one signature have in common: their launches, and the sizes of what they allocate."""
+
+    def __init__(
+        self, rows: tuple[Tensor, ...], angles: tuple[Tensor | None, ...], segments: tuple[Tensor, ...],
+        rest: tuple[Tensor | None, ...], numbers: tuple[int, ...], scale: float, softcap: float, meta: dict[str, Any],
+        written: bool,
+    ) -> None:  # fmt: skip
+        q, k, v = (aligned(x) for x in rows)
+        self.as_given = q is rows[0] and k is rows[1] and v is rows[2]
+        length, _, role, source_limit, source_begin, target_begin, sink_logits = rest
+        B, H, T, D = q.shape
+        HK, R = k.shape[1], meta["R"]
+        self.o, self.lse = ((B, H, T, D), (T * H * D, D, H * D, 1)), packed(B, H, T)
+        self.memory = Memory(q.device)
+        holes = source_begin is not None or target_begin is not None or max(numbers) > 0
+        place = capability(q.device)
+        choice = tiles.tile(tiles.forward_kind(T * R), place, D, q.element_size(), holes)
+        self.boxes = choice.boxes and not holes and all(x.data_ptr() % 16 == 0 for x in segments)
+        columns = tiles.block_d(D)
+        boxes = tuple(Box(x, choice.block_s, columns) if self.boxes else None for x in segments)
+        capacities = (segments[0].shape[2], segments[2].shape[2])
+        items = triton.cdiv(T * R, choice.block_m) * HK * B
+        keys = sum(capacities) + (0 if written else T)
+        shared = share_out(q.device, items, choice, keys)
+        parts = -(-shared[2] // shared[1])
+        through = self.boxes and (written or keys >= tiles.FAR * choice.block_s * parts)
+        self.attend = Launch(
+            attend_kernel, (items * parts,),
+            (
+                *factors(scale, softcap, q.dtype), T, HK, HK * B, *shared, *capacities, *numbers,
+                *eighths(q), *eighths(k), *eighths(v), *angle_strides(*angles),
+                *(n for x in segments for n in eighths(x)), self.o[1][0] // 8, self.o[1][1] // 8, self.o[1][2] // 8,
+                *length.stride(), *strides(role), *strides(source_limit), *strides(source_begin),
+                *strides(target_begin),
+            ),
+            boxes, RINGS=(numbers[3] > 0) + 2 * (numbers[4] > 0), SOFTCAP=softcap != 0.0,
+            SINK_LOGITS=sink_logits is not None, CHUNK=not written, SPLIT=parts > 1, BOXES=self.boxes,
+            THROUGH_MEMORY=through, **meta, **shape(choice, D),
+        )  # fmt: skip
+        self.merge = None
+        if parts > 1:
+            count = B * HK * T * R
+            # as many numbers as keep every piece aligned
+            scalars = triton.cdiv(count * parts, 4) * 4
+            self.pieces = [count * parts * D, scalars, scalars]
+            self.parts = packed(sum(self.pieces))
+            few = parts <= tiles.FEW_PARTS
+            rows_at_once = 8 if few else 1
+            self.merge = Launch(
+                merge_few_kernel if few else merge_kernel, (triton.cdiv(T * R, rows_at_once), HK, B),
+                (T, HK, parts, self.o[1][0] // 8, self.o[1][1] // 8, self.o[1][2] // 8),
+                R=R, D=D, SINK_LOGITS=sink_logits is not None, PRECISION=meta["PRECISION"],
+                MOST=tiles.FEW_PARTS if few else tiles.MOST_SPLITS, BLOCK_P=rows_at_once if few else 16,
+                BLOCK_D=columns, num_warps=4,
+            )  # fmt: skip
 
 
 def constants(
@@ -105,6 +165,30 @@ def count_splits(device: torch.device, programs: int, choice: tiles.Tile, keys: 
     # a second wave where one would leave many multiprocessors idle
     room = twice if twice > 2.16 * once else once
     return max(1, min(room, tiles.MOST_SPLITS, triton.cdiv(keys, 2 * choice.block_s)))
+
+
+def share_out(device: torch.device, items: int, choice: tiles.Tile, keys: int) -> tuple[int, int, int]:
+    """How the keys of `items` row tiles are cut so that programs fill the GPU: (even parts, shares of each, shares in
+    all). What the even parts leave is one more part of each item, for the multiprocessors that the even ones leave.
+    """
+    slots = multiprocessors(device) * choice.resident
+    tiles_of_keys = triton.cdiv(keys, choice.block_s)
+    even = max(1, min(slots // items, tiles.MOST_SPLITS - 1, triton.cdiv(tiles_of_keys, 2)))
+    idle = -even * items % slots
+    if idle == 0 or (even == 1 and keys < tiles.WORTH_CUTTING):
+        return even, 1, even
+    # so many of the small parts one after another take as long as an even part
+    weight = triton.cdiv(items, idle)
+    shares = even * weight + 1
+    # a twentieth of the time, and a few tiles in the small part
+    if shares > 20 or tiles_of_keys < 4 * shares:
+        return even, 1, even
+    return even, weight, shares
+
+
+def far_capacity(device: torch.device, H: int) -> int:
+    """Keys of a segment from which a chunk just not written first has many key tiles per program (`tiles.FAR`)."""
+    return triton.cdiv(tiles.FAR * 64 * 2 * multiprocessors(device), 2 * H)
 
 
 def factors(scale: float, softcap: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -155,12 +239,6 @@ def present(absent: Tensor, *given: Tensor | None) -> list[Tensor]:
     return [absent if x is None else x for x in given]
 
 
-def _parts(rows: int, splits: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    memory = torch.empty(rows * splits * (D + 2), dtype=torch.float32, device=device)
-    o, m, norm = memory.split([rows * splits * D, rows * splits, rows * splits])
-    return o, m, norm
-
-
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     # as if on a small GPU: the interpreter then runs the splits too
@@ -170,6 +248,6 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def capability(device: torch.device) -> int:
     if device.type != "cuda":
-        return 80
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -149,6 +149,13 @@ def hull(low, high, asks, kept, sinks, SINKS: tl.constexpr):
 
 
 @triton.jit
+def seen_from_begin(high, asks, kept):
+    """What rows that see [0, high) each see of the first `kept` keys of a segment: (end, least end)."""
+    end = tl.minimum(tl.max(tl.where(asks, high, 0), 0), kept)
+    return end, tl.min(tl.where(asks, high, MANY), 0)
+
+
+@triton.jit
 def count_tiles(sinks_end, begin, end, BLOCK_S: tl.constexpr, SINKS: tl.constexpr):
     """Key tiles of a hull."""
     if SINKS:
