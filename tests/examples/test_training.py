@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -157,6 +158,15 @@ def test_training_learns_and_streams_what_it_learned() -> None:
     handle.undo()
 
 
+@pytest.fixture
+def same_precision() -> Iterator[None]:
+    """Training may multiply in tf32; the tests that run in this process after it may not."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("same_precision")
 def test_smoke_run_saves_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import Qwen2ForCausalLM
 

@@ -48,23 +48,6 @@ __device__ __forceinline__ void multiply_add<BFloat16>(float (&sum)[4], const ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// sum [16, 8] += a [16, 8] b [8, 8]
-template <typename Element>
-__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[2], uint32_t b);
-
-template <>
-__device__ __forceinline__ void multiply_add<Float16>(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-template <>
-__device__ __forceinline__ void multiply_add<BFloat16>(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
-}
-
 // two neighbouring numbers in one register, the first in the lower half
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
