@@ -1,5 +1,5 @@
-// The table of tiles. 16 rows: a decode step; the warps share out the keys. 64 and 128 rows: longer chunks; without
-// 128 where no warpgroup multiplies them anywhere (D = 96), which the library's size would not be worth.
+// The table of tiles. 16 rows: a decode step; the warps share out the keys. 64 and 128 rows: longer chunks; without 128
+// for D = 96 and 256, where they are a tenth of the library's size and auto takes Triton's kernel for nearly all calls.
 #pragma once
 
 #include "incremental_prefill/instance.h"
@@ -16,8 +16,8 @@ constexpr Instance instance_of() {
 
 template <typename Element, int D>
 constexpr Instance last_instance() {
-  if constexpr (D % 64 == 0) {
-    return instance_of<Shape<Element, D, 8, 1, D <= 128 ? 64 : 32>>();
+  if constexpr (D == 64 || D == 128) {
+    return instance_of<Shape<Element, D, 8, 1, 64>>();
   } else {
     return {};
   }
