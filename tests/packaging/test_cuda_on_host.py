@@ -8,7 +8,6 @@ around every tensor is NaN and must stay so. What this cannot see: races and spe
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,15 +30,6 @@ def native(library: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(library))
     lib.slot_of.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_bool]
     return lib
-
-
-@pytest.fixture(scope="module")
-def extension(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_C", library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ See `test_cuda_on_host.py`, whose library this uses; the same calls run on a GPU
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import itertools
 import random
 from collections.abc import Callable
@@ -29,15 +28,6 @@ from streamkernels.testing.inputs import random_kept, random_spans
 
 HALVES = (torch.bfloat16, torch.float16)
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def extension(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_C", library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
