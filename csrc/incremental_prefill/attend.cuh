@@ -210,6 +210,8 @@ template <class S>
 __device__ __forceinline__ void update(State<S>& state, float (&s)[S::kWarpKeys / 8][4], float scale,
                                        uint32_t (&p)[S::kWarpKeys / 16][4]) {
   float alpha[2];
+  // with it ptxas needs a register less, which sm_80 has not at D = 256
+  if constexpr (!SK_WGMMA) alpha[0] = alpha[1] = 1.f;
   if (raise<S>(state, s, scale, alpha)) rescale<S>(state, alpha);
   weigh<S>(state, s, scale);
   pack_weights<S>(s, p);
