@@ -79,6 +79,24 @@ def test_auto_takes_what_was_measured_to_be_faster(ready: None, monkeypatch: pyt
     assert choose(scores, "auto") == "cuda"
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_auto_takes_the_kernel_for_plain_sessions_where_it_runs(
+    ready: None, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def chosen(B: int = 1, T: int = 32, D: int = 128, *features: str) -> str:
+        sizes = {"D": D, "H": 28, "HK": 4, "B": B, "T": T}
+        return choose(Call("incremental_prefill", GPU, torch.bfloat16, sizes, frozenset(features)), "auto")
+
+    hopper = "cuda" if capability == (9, 0) else "triton"
+    assert [chosen(), chosen(1, 64), chosen(1, 32, 256), chosen(1, 32, 64, "softcap", "sinks")] == [hopper] * 4
+    general = [chosen(2), chosen(1, 65), chosen(1, 32, 96)]
+    general += [chosen(1, 32, 128, name) for name in ("roles", "limits", "begins", "bounded")]
+    assert general == ["triton"] * 7
+
+
 @pytest.mark.parametrize("op", ["span_attention", "token_scores", "select_tokens", "compact", "rotate", "reanchor"])
 def test_every_choice_can_be_traced(op: str) -> None:
     @torch.compile(fullgraph=True, backend="eager", dynamic=True)
