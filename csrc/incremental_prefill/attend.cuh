@@ -147,7 +147,7 @@ constexpr float kSlack = 8.f;
 // Raises the maxima to those of new scores, where they must be raised; then true, and what o must be multiplied by.
 template <class S>
 __device__ __forceinline__ bool raise(State<S>& state, const float (&s)[S::kWarpKeys / 8][4], float scale,
-                                      float (&alpha)[2]) {
+                                      float (&alpha)[2], float slack = kSlack) {
   float top[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -161,7 +161,7 @@ __device__ __forceinline__ bool raise(State<S>& state, const float (&s)[S::kWarp
     top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
     top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2)) * scale;
   }
-  const bool must[2] = {top[0] > state.m[0] + kSlack, top[1] > state.m[1] + kSlack};
+  const bool must[2] = {top[0] > state.m[0] + slack, top[1] > state.m[1] + slack};
   if (!__any_sync(~0u, must[0] || must[1])) return false;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

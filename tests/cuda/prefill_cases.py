@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,6 +12,7 @@ NAN = float("nan")
 DEVICE = torch.device("cuda", 0)
 BUFFERS = slice(5, 9)
 STATUS = 10
+RISING = 16.0  # of queries' first column, where scores are to grow
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Case:
     angles_batch: bool = True
     layout: str = "bthd"  # bhtd, fused, odd
     sharp: float = 1.0
+    rise: float = 0.0  # bits by which scores grow over 64 keys of a segment; keys and queries are not turned then
 
     def __str__(self) -> str:
         odd = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -77,7 +80,10 @@ def make_call(case: Case, seed: int = 0) -> list[object]:
     B, H, HK, T, D = case.B, case.H, case.HK, case.T, case.D
     q = heads_of(case, H, random, case.layout).mul_(case.sharp)
     k, v = (heads_of(case, HK, random, case.layout) for _ in "kv")
-    rotary_dim = D if case.rotary_dim < 0 else case.rotary_dim
+    rotary_dim = 0 if case.rise else D if case.rotary_dim < 0 else case.rotary_dim
+    scale = case.scale or D**-0.5
+    if case.rise:
+        q[..., 0] = RISING
     cos = sin = None
     if rotary_dim:
         angle = torch.rand(B if case.angles_batch else 1, T, rotary_dim // 2, generator=random, device=DEVICE) * 6.28
@@ -92,6 +98,8 @@ def make_call(case: Case, seed: int = 0) -> list[object]:
         for _ in "kv":
             x = torch.randn(B, HK, C, D, generator=random, device=DEVICE).to(case.dtype)
             empty = torch.arange(C, device=DEVICE)[None] >= length[:, s, None]
+            if case.rise and len(buffers) % 2 == 0:
+                x[..., 0] = torch.arange(C, device=DEVICE) * (case.rise / 64 * math.log(2) / scale / RISING)
             buffers.append(x.masked_fill_(empty[:, None, :, None], NAN))
     role, segment = roles_of(case, random)
 
@@ -108,7 +116,7 @@ def make_call(case: Case, seed: int = 0) -> list[object]:
     return [
         q, k, v, cos, sin, *buffers, length.int(), torch.zeros(1, dtype=torch.int32, device=DEVICE), role, segment,
         limit, *begins, *case.sinks, case.ring_sinks, any(case.window), *case.window,
-        case.scale or D**-0.5, case.softcap, logits, case.interleaved,
+        scale, case.softcap, logits, case.interleaved,
     ]  # fmt: skip
 
 

@@ -26,18 +26,21 @@ struct Queries {
       pairs[u].load(p, from, 0, t, i % kPairs, Place(p, i % kPairs));
     }
   }
-  // Rows behind the valid ones stay as they are: no row ever reaches another one.
+  // Rows behind the valid ones become zeros: they never reach another row, but the warp asks about the sums of all its
+  // rows.
   __device__ __forceinline__ void put(const Params& p, const Plan& plan, int valid, char* tile) {
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
       const int i = u * S::kReaders + threadIdx.x, row = i / kPairs;
-      if (row >= valid) continue;
+      if (row >= S::kRows) continue;
       const Place place(p, i % kPairs);
-      pairs[u].turn(p, place);
-      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(row, place.first / 8)) =
-          with_sign(plan, pairs[u].a.bits);
-      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(row, place.second / 8)) =
-          with_sign(plan, pairs[u].b.bits);
+      uint4 bits[2] = {};
+      if (row < valid) {
+        pairs[u].turn(p, place);
+        bits[0] = with_sign(plan, pairs[u].a.bits), bits[1] = with_sign(plan, pairs[u].b.bits);
+      }
+      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(row, place.first / 8)) = bits[0];
+      *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(row, place.second / 8)) = bits[1];
     }
   }
 };

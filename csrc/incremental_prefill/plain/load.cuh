@@ -27,6 +27,14 @@ struct Walk {
     const int i = old.begin + j;
     return (i >= source_tiles ? i - source_tiles : i) * keys;
   }
+  // Tiles with keys that some rows do not see are this one, if there is one, and all from the other one on.
+  __device__ __forceinline__ int last_of_source(int keys) const {
+    return held_source % keys == 0 ? -1 : source_tiles - 1 - old.begin;
+  }
+  __device__ __forceinline__ int last_whole(int keys) const {
+    const int n = old_tiles();
+    return n > 0 && is_target(n - 1) && left(n - 1, keys) < keys ? n - 1 : n;
+  }
 };
 
 // Where a tile is, or goes: a stage, and the parity of its barriers.
@@ -90,6 +98,8 @@ struct Loading {
     char* const tile = stages + at.stage * S::kStage;
     barrier_wait(empty<S>(base, at), at.phase);
     fresh.put_keys(p, hk, walk.length, write, tile);
+    // who sees these keys sees all values before them, as with every other tile
+    asm volatile("cp.async.wait_all;\n" ::: "memory");
     publish();
     barrier_arrive(full<S>(base, at));
     // not before: the place of the values may be given back by those who wait for the keys
