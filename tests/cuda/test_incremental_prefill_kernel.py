@@ -113,8 +113,8 @@ def run(case: Case, seed: int = 0) -> None:
     torch.cuda.synchronize()
     assert_accurate("o", o, plain_o, exact_o)
     if case.rise:
-        # products cut off what they add: a unit in the last place for each 16 columns, of a score that is far from 0
-        assert ((lse - exact_lse).abs() <= (case.D / 16 + 2) * ulp(exact_lse, lse.dtype)).all()
+        # products cut off what they add: a unit in the last place for each 16 columns of scores, and the rest
+        assert ((lse - exact_lse).abs() <= (case.D / 16 + 4) * ulp(exact_lse, lse.dtype)).all()
     else:
         assert_accurate("lse", lse[..., None], plain_lse[..., None], exact_lse[..., None])
     assert o.transpose(1, 2).is_contiguous()
