@@ -30,6 +30,7 @@ def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
         (call(op="span_attention", D=80), "64, 96, 128 or 256, not 80"),
         (call(op="span_attention", dtype=torch.float32), "not float32"),
         (call(op="token_scores", D=264), "not 264"),
+        (Call("token_scores", GPU, torch.float16, {"D": 256, "H": 128}), "no room at H = 128"),
         (call(dtype=torch.float64), "not float64"),
         (call(device=torch.device("cpu")), "the tensors are on cpu"),
         (call(D=12), "a multiple of 8, at most 256, not 12"),
@@ -69,8 +70,9 @@ def test_auto_takes_what_was_measured_to_be_faster(ready: None, monkeypatch: pyt
     few, many = (Call("select_tokens", GPU, torch.float32, {"K": K}, frozenset({"threshold"})) for K in (576, 46080))
     best = Call("select_tokens", GPU, torch.float32, {"K": 46080}, frozenset({"k"}))
     monkeypatch.setattr(triton, "_missing", lambda: None)
-    calls = (scores, few, many, best, Call("rotate_append", GPU, torch.float16, {"D": 64}))
-    assert [choose(call, "auto") for call in calls] == ["triton", "cuda", "cuda", "cuda", "cuda"]
+    shared = Call("token_scores", GPU, torch.bfloat16, {"D": 64, "K": 576, "H": 28, "HK": 4})
+    calls = (shared, scores, few, many, best, Call("rotate_append", GPU, torch.float16, {"D": 64}))
+    assert [choose(call, "auto") for call in calls] == ["cuda", "triton", "cuda", "cuda", "cuda", "cuda"]
     heads = {"D": 128, "H": 28, "HK": 4}
     steps = [Call("incremental_prefill", GPU, torch.bfloat16, {**heads, "B": B, "T": T}) for B, T in STEPS]
     assert [choose(call, "auto") for call in steps] == ["cuda", "triton", "cuda", "triton"]
