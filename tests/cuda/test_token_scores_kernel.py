@@ -72,6 +72,20 @@ def test_keys_that_are_most_of_the_output(H: int, HK: int, D: int, S: int, dtype
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("H", "HK", "D", "softcap"), [(6, 2, 128, None), (2, 2, 64, None), (1, 1, 200, 30.0)])
+def test_what_products_cut_off_is_kept(H: int, HK: int, D: int, softcap: float | None, dtype: torch.dtype) -> None:
+    """Every key by itself, as in tests/packaging/test_pruned_on_host.py: products of fp16 cut off more than of bf16."""
+    units = 14 if softcap else 10 if dtype == torch.float16 else 6
+    x = inputs(1, H, HK, 2000, 2000, D, softcap, dtype, sharp=4.0)
+    ours = token_scores(*x, softcap=softcap, backend="cuda")
+    exact = token_scores(*(t.double() for t in x[:5]), *x[5:], softcap=softcap, backend="reference")
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(a.double(), b, atol=0.0, rtol=units * 2.0**-23)
+    few = exact.norm < 0.1 * float(x[3].double().norm())
+    assert int(few.sum()) > 1000 and float((ours.cosine - exact.cosine)[few].abs().max()) <= 2.0**-24
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_key_that_is_all_of_the_output(dtype: torch.dtype) -> None:
     q = torch.ones(1, 3, 1, 64, dtype=dtype, device="cuda")

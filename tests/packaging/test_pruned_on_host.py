@@ -109,6 +109,29 @@ def test_keys_that_are_most_of_the_output(H: int, HK: int, D: int, S: int, dtype
         torch.testing.assert_close(a.double(), b, atol=4e-6, rtol=4e-6)
 
 
+@pytest.mark.parametrize(("H", "HK", "D", "softcap"), [(6, 2, 128, 0.0), (2, 2, 64, 0.0), (1, 1, 200, 30.0)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_products_cut_off_is_kept(H: int, HK: int, D: int, softcap: float, dtype: torch.dtype) -> None:
+    """Every key by itself: an error of a score is a relative error of all that its key gives. Scores reach 14 here,
+    where half a unit in the last place is 4 units of a probability; softcap rounds them to that, and tanh is off by one
+    more. What products cut off of the sums is another 8 to 20."""
+    torch.manual_seed(D)
+    q, k, v = (torch.randn(1, n, m, D).to(dtype) for n, m in ((H, 1), (HK, 200), (HK, 200)))
+    s = 4.0 * q.double() @ k.double().repeat_interleave(H // HK, 1).mT * D**-0.5
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    o, lse = torch.randn(1, H, 1, D).to(dtype), s.logsumexp(-1).float()
+    index, count = torch.arange(200, dtype=torch.int32)[None], ints([200])
+    ours = cuda.token_scores(q, k, v, o, lse, index, count, 4.0 * D**-0.5, softcap)
+    exact = scores_reference(
+        *(x.double() for x in (q, k, v, o, lse)), index, count, scale=4.0 * D**-0.5, softcap=softcap
+    )
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(a.double(), b, atol=0.0, rtol=(12 if softcap else 6) * 2.0**-23)
+    # in units of the last place: the rounding of the sine's square and of the root
+    few = exact[1] < 0.1 * float(o.double().norm())
+    assert int(few.sum()) > 150 and float((ours[0] - exact[0])[few].abs().max()) <= 2.0**-24
+
+
 @pytest.mark.parametrize(("H", "HK", "count"), [(1, 1, 500), (9, 3, 333), (20, 2, 497)])
 def test_blocks_that_take_turns(library: Path, H: int, HK: int, count: int) -> None:
     native = ctypes.CDLL(str(library))
