@@ -25,8 +25,9 @@ SK_HOST_DEVICE float cosine_of(float left, float along, float whole) {
   return cosine;
 }
 
-// of d = o . c and n = |c|^2, the sums over all heads; `left` is |o - c|^2 = |o|^2 - 2 d + n. The square of the sine is
-// (n - d^2 / |o|^2) / |o - c|^2: where it is small its rounding is little to the cosine, and 1 - d / |o|^2 rounds thrice
+// of d = o . c and n = |c|^2, the sums over all heads; `left` is |o - c|^2 = |o|^2 - 2 d + n. The sine's square is
+// (n - d^2 / |o|^2) / |o - c|^2. Where it is small its rounding is less than the cosine's, which (|o|^2 - d) would
+// round three times more.
 SK_HOST_DEVICE float cosine_of_sums(float along, float own, float left, float whole) {
   const float sine = fmaf(-along, along / whole, own) / left;
   if (along < whole && sine < 0.5f) return min(sqrtf(1.0f - sine), 1.0f);

@@ -48,9 +48,9 @@ __device__ __forceinline__ void fold(float (&sum)[2], const uint4& rows, const u
   for (int c = 0; c < 2; ++c) sum[c] += upper[c] + lower[2 + c];
 }
 
-// The same for products of q and k. An error of a score is a relative error of its probability, so that half a unit in
-// the last place of a score of 4 to 8 is two or more of a probability: a score keeps what its sums lose. Each product is
-// taken a second time, from how far the first has moved the sum, and leaves what the first cut off.
+// The same for products of q and k. An error of a score is a relative error of its probability: half a unit in the last
+// place of a score of 4 to 8 is two of a probability. So a score keeps what its sums lose: each product is taken a
+// second time, from how far the first has moved the sum, and leaves what the first cut off.
 struct Score {
   float upper[4] = {}, lower[4] = {}, lost[2] = {};
 

@@ -37,8 +37,9 @@ inline void commit_copies() {}
 template <int N>
 void wait_copies() {}
 
-// A number of a product of a row and a column of 16, added to `sum` as tensor cores of Hopper do: the terms are cut off
-// two bits behind the last place of the one with the largest exponent, and the sum of what is left is cut off to a float.
+// A row and a column of 16 numbers each, multiplied and added to `sum` as Hopper's tensor cores do: the terms are cut
+// off two bits behind the last place of the one with the largest exponent, and what their sum has beyond a float is cut
+// off.
 template <typename Element>
 float cut_sum(const Element (&row)[16], const Element (&column)[16], float sum) {
   double terms[17], most = -1e9;
