@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 ANY_DTYPE = ("compact",)
 # heads times head dim, padded, that leave room for keys in the shared memory of every GPU
 MOST_QUERY_NUMBERS = 16384
+# keys times numbers of q, where backends change places: see hands_over
+FEW_NUMBERS, MANY_NUMBERS = 2**20, 2**24
 
 
 def token_scores(
@@ -134,12 +136,15 @@ def _angles(x: Tensor) -> tuple[int, int, int]:
 
 
 def hands_over(call: Call) -> bool:
-    """Where Triton was faster on an H200: token_scores in fp32, and where every query head has keys of its own: 50 us
-    for 52 at 11520 keys of 32 heads. Heads that share keys are CUDA's: 28 on 4 take 4.7 us for 7.1 at 576 keys, 40 for
-    82 at 46080."""
+    """Where Triton was faster on an H200: token_scores in fp32; below 2^20 keys times numbers of q, 3.4 us for 4.3 at
+    576 keys of 12 heads of 128; and above 2^24, 49 us for 54 at 11520 keys of 32 heads, where every query head has
+    keys of its own. Between them those took 6.9 us for 7.3 at 576 keys. 28 heads that share the keys of 4 take 5.0 us
+    for 7.2 at 576 keys and 39 for 82 at 46080."""
     if call.op != "token_scores":
         return False
-    return call.dtype == torch.float32 or call.sizes.get("H", 1) == call.sizes.get("HK", 1)
+    B, H, HK, K, D = (call.sizes.get(name, 1) for name in ("B", "H", "HK", "K", "D"))
+    numbers = B * H * K * D
+    return call.dtype == torch.float32 or numbers < FEW_NUMBERS or (H == HK and numbers > MANY_NUMBERS)
 
 
 def _takes_head_dim(call: Call) -> str | None:

@@ -22,7 +22,7 @@ CASES = [
     (1, 48, 48, 64, 1, 64, None),
     (2, 2, 1, 17, 9, 8, 2.0),
     (1, 28, 4, 3000, 2880, 128, None),
-    (2, 72, 3, 50, 29, 192, None),
+    (2, 60, 3, 50, 29, 192, None),
     (1, 17, 1, 90, 71, 40, None),
     (3, 6, 6, 9000, 8001, 64, None),
 ]
@@ -73,13 +73,13 @@ def test_keys_that_are_most_of_the_output(H: int, HK: int, D: int, S: int, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("H", "HK", "D", "softcap"), [(6, 2, 128, None), (2, 2, 64, None), (1, 1, 200, 30.0)])
-def test_what_products_cut_off_is_kept(H: int, HK: int, D: int, softcap: float | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("H", "HK", "D"), [(6, 2, 128), (2, 2, 64), (28, 4, 128)])
+def test_what_products_cut_off_is_kept(H: int, HK: int, D: int, dtype: torch.dtype) -> None:
     """Every key by itself, as in tests/packaging/test_pruned_on_host.py: products of fp16 cut off more than of bf16."""
-    units = 14 if softcap else 10 if dtype == torch.float16 else 6
-    x = inputs(1, H, HK, 2000, 2000, D, softcap, dtype, sharp=4.0)
-    ours = token_scores(*x, softcap=softcap, backend="cuda")
-    exact = token_scores(*(t.double() for t in x[:5]), *x[5:], softcap=softcap, backend="reference")
+    x = inputs(1, H, HK, 2000, 2000, D, None, dtype, sharp=4.0)
+    ours = token_scores(*x, backend="cuda")
+    exact = token_scores(*(t.double() for t in x[:5]), *x[5:], backend="reference")
+    units = 10 if dtype == torch.float16 else 6
     for a, b in zip(ours[1:], exact[1:], strict=True):
         torch.testing.assert_close(a.double(), b, atol=0.0, rtol=units * 2.0**-23)
     few = exact.norm < 0.1 * float(x[3].double().norm())

@@ -70,15 +70,30 @@ def test_auto_takes_what_was_measured_to_be_faster(ready: None, monkeypatch: pyt
     few, many = (Call("select_tokens", GPU, torch.float32, {"K": K}, frozenset({"threshold"})) for K in (576, 46080))
     best = Call("select_tokens", GPU, torch.float32, {"K": 46080}, frozenset({"k"}))
     monkeypatch.setattr(triton, "_missing", lambda: None)
-    shared = Call("token_scores", GPU, torch.bfloat16, {"D": 64, "K": 576, "H": 28, "HK": 4})
-    calls = (shared, scores, few, many, best, Call("rotate_append", GPU, torch.float16, {"D": 64}))
-    assert [choose(call, "auto") for call in calls] == ["cuda", "triton", "cuda", "cuda", "cuda", "cuda"]
+    calls = (scores, few, many, best, Call("rotate_append", GPU, torch.float16, {"D": 64}))
+    assert [choose(call, "auto") for call in calls] == ["triton", "cuda", "cuda", "cuda", "cuda"]
     heads = {"D": 128, "H": 28, "HK": 4}
     steps = [Call("incremental_prefill", GPU, torch.bfloat16, {**heads, "B": B, "T": T}) for B, T in STEPS]
     assert [choose(call, "auto") for call in steps] == ["cuda", "triton", "cuda", "triton"]
     assert choose(scores, "cuda") == "cuda"
     monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
     assert choose(scores, "auto") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "H", "HK", "faster"),
+    [
+        (1, 576, 28, 4, "cuda"), (1, 46080, 28, 4, "cuda"), (1, 576, 12, 2, "triton"), (2, 576, 12, 2, "cuda"),
+        (1, 64, 32, 32, "triton"), (1, 2880, 32, 32, "cuda"), (1, 11520, 32, 32, "triton"), (8, 576, 32, 32, "triton"),
+    ],
+)  # fmt: skip
+def test_auto_scores_few_keys_and_many_unshared_ones_by_triton(
+    ready: None, monkeypatch: pytest.MonkeyPatch, B: int, K: int, H: int, HK: int, faster: str
+) -> None:
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+    sizes = {"B": B, "K": K, "H": H, "HK": HK, "D": 128}
+    assert choose(Call("token_scores", GPU, torch.float16, sizes), "auto") == faster
+    assert choose(Call("token_scores", GPU, torch.float32, sizes), "auto") == "triton"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
