@@ -26,7 +26,7 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
   if (p.B == 0) return;
   const DeviceGuard guard(device);
   const int blocks = blocks_for(p, multiprocessors(device));
-  launch_overlapped("select_tokens", choose(dtype), static_cast<int64_t>(p.B) * blocks, threads_for(p.K), device,
+  launch_overlapped("select_tokens", choose(dtype), static_cast<int64_t>(p.B) * blocks, threads_for(p.K), 0, device,
                     stream, p, blocks);
 }
 

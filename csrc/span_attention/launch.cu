@@ -92,8 +92,8 @@ void launch(const Params& p, int splits, DType dtype, int device, uintptr_t stre
   check_launch("span_attention");
   if (plan.splits == 1) return;
   const Kernel join = dtype == DType::kFloat16 ? join_kernel<Float16> : join_kernel<BFloat16>;
-  launch_overlapped("span_attention: joining the splits", join, static_cast<int64_t>(p.B) * p.H * p.T, kThreads, device,
-                    stream, p, plan);
+  launch_overlapped("span_attention: joining the splits", join, static_cast<int64_t>(p.B) * p.H * p.T, kThreads, 0,
+                    device, stream, p, plan);
 }
 
 void preload(int device) {

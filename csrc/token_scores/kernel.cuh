@@ -1,83 +1,18 @@
-// token_scores: what every listed key contributes to the output of one query row, in one pass over its k and v.
+// token_scores for fp32: what every listed key contributes to the output of one query row, in one pass over k and v.
 // With a the probability of a key in a head and e = o - a v, a key needs three sums over heads and head dim: e e, e o
 // and a a v v, besides the sum of a. Only q k is needed before a is known, so a row costs one sum over lanes per head;
 // the others stay in their lanes until all heads are done. Sums are taken in a fixed order: the same bits every time.
 #pragma once
 
-#include "streamkernels/chunk.cuh"
 #include "streamkernels/overlap.cuh"
-#include "token_scores/params.h"
 #include "token_scores/plan.h"
+#include "token_scores/scores.cuh"
 
 namespace sk::token_scores {
-
-constexpr unsigned kAll = 0xffffffffu;
-// |o - c| below this many ulps of |o| is rounding of exp(s - lse), not a direction (reference/token_scores.py)
-constexpr float kRounding = 64.0f * 1.1920929e-7f;
 
 struct Sums {
   float left, along, own, mass;  // e e, e o, a a v v, a
 };
-
-struct Scores {
-  float cosine, norm, mass;
-};
-
-// `whole` is o o over all heads.
-SK_HOST_DEVICE Scores scores_of(const Sums& sums, float whole) {
-  const float length = sqrtf(whole), rest = sqrtf(sums.left);
-  float cosine = sums.along / (rest * length);
-  // written so that NaN stays
-  cosine = cosine > 1.0f ? 1.0f : cosine < -1.0f ? -1.0f : cosine;
-  if (rest <= kRounding * length) cosine = 0.0f;
-  if (length == 0.0f) cosine = 1.0f;
-  return {cosine, sqrtf(sums.own), sums.mass};
-}
-
-template <typename Element>
-using Piece = Chunk<Element, 16 / sizeof(Element)>;
-
-template <typename Element>
-__device__ __forceinline__ void clear(Piece<Element>& piece) {
-  piece.bits = uint4{0, 0, 0, 0};
-}
-
-// 16 bytes of a row that may lie anywhere.
-template <typename Element>
-__device__ __forceinline__ void load_elements(Piece<Element>& piece, const Element* from) {
-  constexpr int kWidth = 16 / sizeof(Element);
-  Element x[kWidth];
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) x[i] = from[i];
-  memcpy(&piece.bits, x, sizeof(piece.bits));
-}
-
-template <typename Element>
-__device__ __forceinline__ const Element* head_of(const Table& x, int64_t b, int64_t h) {
-  return static_cast<const Element*>(x.data) + b * x.batch + h * x.row;
-}
-
-// o o over all heads of batch row b: this thread's share.
-template <typename Element>
-__device__ __forceinline__ float square_of_output(const Params& p, int b, bool vectors) {
-  constexpr int kWidth = 16 / sizeof(Element);
-  const int pieces = p.D / kWidth;
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < p.H * pieces; i += kThreads) {
-    const Element* from = head_of<Element>(p.o, b, i / pieces) + i % pieces * kWidth;
-    Piece<Element> piece;
-    if (vectors) {
-      piece.load(from);
-    } else {
-      load_elements(piece, from);
-    }
-    float x[kWidth];
-    piece.unpack(x);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum = fmaf(x[j], x[j], sum);
-  }
-  return sum;
-}
 
 template <typename Element, int LANES, int CHUNKS>
 struct Slot {
@@ -132,9 +67,7 @@ struct Slot {
     }
 #pragma unroll
     for (int step = LANES / 2; step > 0; step /= 2) s += __shfl_xor_sync(kAll, s, step);
-    s *= p.scale;
-    if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap);
-    const float a = expf(s - lse);
+    const float a = probability(p, s, lse);
     if (!live) return;
     float square = 0.0f;
 #pragma unroll
@@ -165,21 +98,16 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / LANES;
   const int first = lane % LANES * kWidth;
   const int R = p.H / p.HK;
-  const int count = min(static_cast<const int32_t*>(p.count.data)[b * p.count.batch], p.K);
-  const int32_t* index = static_cast<const int32_t*>(p.index.data) + b * p.index.batch;
+  const List list(p, b);
   const int64_t begin = static_cast<int64_t>(tile) * plan.keys;
-  const auto token_of = [&](int64_t entry) {
-    const int token = entry < count ? index[entry * p.index.row] : -1;
-    return token < p.S ? token : -1;
-  };
 
-  if (begin < count) {
+  if (begin < list.count) {
     int token[kSlots], part[kSlots];
     Sums sums[kSlots];
 #pragma unroll
     for (int u = 0; u < kSlots; ++u) {
       const int slot = warp * kSlots + u;
-      token[u] = token_of(begin + slot / plan.parts * kGroups + group);
+      token[u] = list[begin + slot / plan.parts * kGroups + group];
       part[u] = slot % plan.parts;
       sums[u] = {0.0f, 0.0f, 0.0f, 0.0f};
     }
@@ -198,9 +126,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
         const bool live = token[u] >= 0 && h < p.HK;
         for (int r = 0; r < R; ++r) {
           const int64_t head = static_cast<int64_t>(h) * R + r;
-          float lse = live ? *head_of<float>(p.lse, b, head) : 0.0f;
-          // a row that saw nothing gave no key a probability
-          lse = lse == -INFINITY ? INFINITY : lse;
+          const float lse = live ? lse_of(p, b, head) : 0.0f;
           slots[u].fold(p, head_of<Element>(p.q, b, head), head_of<Element>(p.o, b, head), lse, first, live,
                         plan.vectors, sums[u]);
         }
@@ -217,9 +143,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
       if (first == 0) shared[(warp * kSlots + u) * kGroups + group] = sums[u];
     }
     let_next_launch_begin();
-    float square = square_of_output<Element>(p, b, plan.vectors);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(kAll, square, step);
+    const float square = sum_over_warp(square_of_output<Element>(p, b, plan.vectors));
     if (lane == 0) squares[warp] = square;
     __syncthreads();
   }
@@ -227,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
   const int64_t entry = begin + threadIdx.x;
   if (static_cast<int>(threadIdx.x) >= plan.keys || entry >= p.K) return;
   Scores scores{1.0f, 0.0f, 0.0f};
-  if (token_of(entry) >= 0) {
+  if (list[entry] >= 0) {
     const int key = threadIdx.x / kGroups, column = threadIdx.x % kGroups;
     Sums total{0.0f, 0.0f, 0.0f, 0.0f};
     for (int i = 0; i < plan.parts; ++i) {
@@ -240,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
     float whole = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) whole += squares[w];
-    scores = scores_of(total, whole);
+    scores = {cosine_of(total.left, total.along, whole), sqrtf(total.own), total.mass};
   }
   const int64_t place = static_cast<int64_t>(b) * p.K + entry;
   p.cosine[place] = scores.cosine;

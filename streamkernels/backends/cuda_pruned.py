@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 # ops that move elements as bits
 ANY_DTYPE = ("compact",)
+# heads times head dim, padded, that leave room for keys in the shared memory of every GPU
+MOST_QUERY_NUMBERS = 16384
+# keys times numbers of q, where backends change places: see hands_over
+FEW_NUMBERS, MANY_NUMBERS = 2**20, 2**25
 
 
 def token_scores(
@@ -132,8 +136,15 @@ def _angles(x: Tensor) -> tuple[int, int, int]:
 
 
 def hands_over(call: Call) -> bool:
-    """Where Triton was faster on an H200: token_scores at 576 to 46080 keys."""
-    return call.op == "token_scores"
+    """Where Triton was faster on an H200: token_scores in fp32; below 2^20 keys times numbers of q, 3.4 us for 4.3 at
+    576 keys of 12 heads of 128; and above 2^25, 49 us for 54 at 11520 keys of 32 heads, where every query head has
+    keys of its own. Between them those took 6.9 us for 7.3 at 576 keys, 31 for 33 at 5760. 28 heads that share the keys
+    of 4 take 5.0 us for 7.2 at 576 keys and 39 for 82 at 46080."""
+    if call.op != "token_scores":
+        return False
+    B, H, HK, K, D = (call.sizes.get(name, 1) for name in ("B", "H", "HK", "K", "D"))
+    numbers = B * H * K * D
+    return call.dtype == torch.float32 or numbers < FEW_NUMBERS or (H == HK and numbers > MANY_NUMBERS)
 
 
 def _takes_head_dim(call: Call) -> str | None:
@@ -143,12 +154,20 @@ def _takes_head_dim(call: Call) -> str | None:
     return None
 
 
+def _takes_heads(call: Call) -> str | None:
+    D, H = call.sizes.get("D", 8), call.sizes.get("H", 1)
+    padded = 64 if D <= 64 else 128 if D <= 128 else 256
+    if D % 8 == 0 and call.dtype != torch.float32 and H * padded > MOST_QUERY_NUMBERS:
+        return f"the CUDA kernel keeps all heads of q and o on chip, which have no room at H = {H}, D = {D}"
+    return _takes_head_dim(call)
+
+
 def _takes_compact(call: Call) -> str | None:
     return "the gradient of compact has no CUDA kernel" if "backward" in call.features else None
 
 
 KERNELS: dict[str, Callable[[Call], str | None]] = {
-    "token_scores": _takes_head_dim,
+    "token_scores": _takes_heads,
     "select_tokens": lambda call: None,
     "compact": _takes_compact,
     "rotate": _takes_head_dim,

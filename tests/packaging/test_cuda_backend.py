@@ -30,6 +30,7 @@ def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
         (call(op="span_attention", D=80), "64, 96, 128 or 256, not 80"),
         (call(op="span_attention", dtype=torch.float32), "not float32"),
         (call(op="token_scores", D=264), "not 264"),
+        (Call("token_scores", GPU, torch.float16, {"D": 256, "H": 128}), "no room at H = 128"),
         (call(dtype=torch.float64), "not float64"),
         (call(device=torch.device("cpu")), "the tensors are on cpu"),
         (call(D=12), "a multiple of 8, at most 256, not 12"),
@@ -77,6 +78,22 @@ def test_auto_takes_what_was_measured_to_be_faster(ready: None, monkeypatch: pyt
     assert choose(scores, "cuda") == "cuda"
     monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
     assert choose(scores, "auto") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "H", "HK", "faster"),
+    [
+        (1, 576, 28, 4, "cuda"), (1, 46080, 28, 4, "cuda"), (1, 576, 12, 2, "triton"), (2, 576, 12, 2, "cuda"),
+        (1, 64, 32, 32, "triton"), (1, 5760, 32, 32, "cuda"), (1, 11520, 32, 32, "triton"), (20, 576, 32, 32, "triton"),
+    ],
+)  # fmt: skip
+def test_auto_scores_few_keys_and_many_unshared_ones_by_triton(
+    ready: None, monkeypatch: pytest.MonkeyPatch, B: int, K: int, H: int, HK: int, faster: str
+) -> None:
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+    sizes = {"B": B, "K": K, "H": H, "HK": HK, "D": 128}
+    assert choose(Call("token_scores", GPU, torch.float16, sizes), "auto") == faster
+    assert choose(Call("token_scores", GPU, torch.float32, sizes), "auto") == "triton"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])

@@ -60,6 +60,7 @@ def spread(x: Tensor, odd: bool = False) -> Tensor:
         (16, 1, 96, torch.bfloat16, 5.0, False), (3, 3, 8, torch.float32, 0.0, True),
         (5, 5, 256, torch.float32, 0.0, False), (8, 2, 80, torch.float16, 0.0, True),
         (40, 40, 16, torch.float32, 0.0, False), (2, 1, 256, torch.bfloat16, 0.0, False),
+        (24, 1, 40, torch.float16, 0.0, False), (35, 35, 8, torch.float16, 0.0, False),
     ],
 )  # fmt: skip
 def test_token_scores(H: int, HK: int, D: int, dtype: torch.dtype, softcap: float, odd: bool) -> None:
@@ -92,10 +93,72 @@ def test_token_scores(H: int, HK: int, D: int, dtype: torch.dtype, softcap: floa
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-def test_token_scores_of_nothing_and_of_everything() -> None:
-    v = torch.randn(1, 1, 2, 16)
+@pytest.mark.parametrize(("H", "HK", "D", "S"), [(1, 1, 128, 40), (3, 3, 64, 17), (4, 1, 96, 9), (2, 2, 256, 3)])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_keys_that_are_most_of_the_output(H: int, HK: int, D: int, S: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(S)
+    q, k, v = (torch.randn(1, n, m, D).to(dtype) for n, m in ((H, 1), (HK, S), (HK, S)))
+    s = 3.0 * q.double() @ k.double().repeat_interleave(H // HK, 1).mT * D**-0.5
+    o, lse = (s.softmax(-1) @ v.double().repeat_interleave(H // HK, 1)).to(dtype), s.logsumexp(-1).float()
+    rows = (q, k, v, o, lse)
+    index, count = torch.arange(S, dtype=torch.int32)[None], ints([S])
+    ours = cuda.token_scores(*rows, index, count, 3.0 * D**-0.5, 0.0)
+    exact = scores_reference(*(x.double() for x in rows), index, count, scale=3.0 * D**-0.5)
+    assert float(exact[1].max()) > 0.5 * float(o.double().norm())
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=4e-6, rtol=4e-6)
+
+
+@pytest.mark.parametrize(("H", "HK", "D", "softcap"), [(6, 2, 128, 0.0), (2, 2, 64, 0.0), (1, 1, 200, 30.0)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_what_products_cut_off_is_kept(H: int, HK: int, D: int, softcap: float, dtype: torch.dtype) -> None:
+    """Every key by itself: an error of a score is a relative error of all that its key gives. Scores reach 14 here,
+    where half a unit in the last place is 4 units of a probability; softcap rounds them to that, and tanh is off by one
+    more. What products cut off of the sums is another 8 to 20."""
+    torch.manual_seed(D)
+    q, k, v = (torch.randn(1, n, m, D).to(dtype) for n, m in ((H, 1), (HK, 200), (HK, 200)))
+    s = 4.0 * q.double() @ k.double().repeat_interleave(H // HK, 1).mT * D**-0.5
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    o, lse = torch.randn(1, H, 1, D).to(dtype), s.logsumexp(-1).float()
+    index, count = torch.arange(200, dtype=torch.int32)[None], ints([200])
+    ours = cuda.token_scores(q, k, v, o, lse, index, count, 4.0 * D**-0.5, softcap)
+    exact = scores_reference(
+        *(x.double() for x in (q, k, v, o, lse)), index, count, scale=4.0 * D**-0.5, softcap=softcap
+    )
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(a.double(), b, atol=0.0, rtol=(12 if softcap else 6) * 2.0**-23)
+    # in units of the last place: the rounding of the sine's square and of the root
+    few = exact[1] < 0.1 * float(o.double().norm())
+    assert int(few.sum()) > 150 and float((ours[0] - exact[0])[few].abs().max()) <= 2.0**-24
+
+
+@pytest.mark.parametrize(("H", "HK", "count"), [(1, 1, 500), (9, 3, 333), (20, 2, 497)])
+def test_blocks_that_take_turns(library: Path, H: int, HK: int, count: int) -> None:
+    native = ctypes.CDLL(str(library))
+    q, k, v = (torch.randn(2, n, m, 64).half() for n, m in ((H, 1), (HK, 520), (HK, 520)))
+    s = q.double() @ k.double().repeat_interleave(H // HK, 1).mT / 8
+    o = (s.softmax(-1) @ v.double().repeat_interleave(H // HK, 1)).half()
+    lse = s.logsumexp(-1).float()
+    # the output of the last sample is one key's value: a key that is done again in a late turn
+    lse[1] = s[1, :, :, 480].float() + 0.05 * (1 + torch.arange(H)[:, None] % 4)
+    o[1] = v[1, :, 480:481].repeat_interleave(H // HK, 0)
+    rows = (q, k, v, o, lse)
+    index = torch.arange(500, dtype=torch.int32).repeat(2, 1) + 7
+    native.set_processors(1)
+    try:
+        ours = cuda.token_scores(*rows, index, ints([count, 499]), 0.125, 0.0)
+    finally:
+        native.set_processors(132)
+    exact = scores_reference(*(x.double() for x in rows), index, ints([count, 499]), scale=0.125)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=4e-6, rtol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_token_scores_of_nothing_and_of_everything(dtype: torch.dtype) -> None:
+    v = torch.randn(1, 1, 2, 16).to(dtype)
     v[:, :, 1] = -v[:, :, 0]
-    q, k = torch.zeros(1, 2, 1, 16), torch.zeros(1, 1, 2, 16)
+    q, k = torch.zeros(1, 2, 1, 16, dtype=dtype), torch.zeros(1, 1, 2, 16, dtype=dtype)
 
     def scores(o: Tensor, lse: float, keys: list[int]) -> tuple[Tensor, ...]:
         row = torch.full((1, 2, 1), lse)
@@ -103,9 +166,9 @@ def test_token_scores_of_nothing_and_of_everything() -> None:
 
     alone = scores(v[:, :, :1].expand(1, 2, 1, 16), 0.0, [0])
     assert alone[0].tolist() == [[0.0]] and alone[2].tolist() == [[2.0]]
-    assert scores(torch.zeros(1, 2, 1, 16), 1.0, [0, 1])[0].tolist() == [[1.0, 1.0]]
+    assert scores(torch.zeros_like(q), 1.0, [0, 1])[0].tolist() == [[1.0, 1.0]]
     v[0, 0, 1] = NAN
-    hit = scores(torch.ones(1, 2, 1, 16), 1.0, [0, 1])
+    hit = scores(torch.ones_like(q), 1.0, [0, 1])
     assert hit[1][0].isnan().tolist() == [False, True] and hit[0][0].isnan().tolist() == [False, True]
 
 

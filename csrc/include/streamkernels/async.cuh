@@ -13,6 +13,11 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
       "l"(global), "r"(static_cast<int>(really))
       : "memory");
 }
+// the same, and zeros if not
+__device__ __forceinline__ void copy_or_clear_async(uint32_t shared, const void* global, bool really) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(really ? 16 : 0)
+               : "memory");
+}
 // closes the group of copies begun since the last one
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -40,9 +40,9 @@ inline bool can_overlap(int device) {
   return major >= kSince;
 }
 
-// Launches a kernel that begins with wait_for_launch_before().
+// Launches a kernel that begins with wait_for_launch_before(); `shared` bytes of dynamic shared memory.
 template <typename... Args>
-void launch_overlapped(const char* what, void (*kernel)(Args...), int64_t blocks, int threads, int device,
+void launch_overlapped(const char* what, void (*kernel)(Args...), int64_t blocks, int threads, int shared, int device,
                        uintptr_t stream, const Args&... args) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -50,6 +50,7 @@ void launch_overlapped(const char* what, void (*kernel)(Args...), int64_t blocks
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = &overlap;
   config.numAttrs = can_overlap(device) ? 1 : 0;

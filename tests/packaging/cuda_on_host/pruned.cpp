@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cuda_on_host.h"
+#include "products_on_host.h"
 
 #include "compact/kernel.cuh"
 #include "rotate/kernel.cuh"
@@ -9,6 +10,7 @@
 #include "span_attention/share.cuh"
 #include "streamkernels/error.h"
 #include "token_scores/kernel.cuh"
+#include "token_scores/tiles.cuh"
 
 extern int processors;
 
@@ -17,22 +19,31 @@ namespace sk {
 namespace token_scores {
 
 template <typename Element>
-auto choose(int lanes) {
-  return lanes == 8    ? token_scores_kernel<Element, 8, 1>
-         : lanes == 16 ? token_scores_kernel<Element, 16, 1>
-                       : token_scores_kernel<Element, 32, 1>;
+auto choose(int steps) {
+  return steps == 2   ? token_scores_tiles_kernel<Element, 2>
+         : steps == 4 ? token_scores_tiles_kernel<Element, 4>
+                      : token_scores_tiles_kernel<Element, kAnySteps>;
 }
 
 void preload(int) {}
 
 void launch(const Params& p, DType dtype, int, uintptr_t) {
   if (p.B == 0 || p.K == 0) return;
-  const Plan plan = make_plan(p, size_of(dtype), processors);
-  const auto kernel = dtype == DType::kFloat16    ? choose<Float16>(plan.lanes)
-                      : dtype == DType::kBFloat16 ? choose<BFloat16>(plan.lanes)
-                      : plan.chunks == 2          ? token_scores_kernel<float, 32, 2>
-                                                  : choose<float>(plan.lanes);
-  host::launch(kernel, static_cast<unsigned>(plan.blocks), kThreads, p, plan);
+  if (dtype == DType::kFloat32) {
+    const Plan plan = make_plan(p, size_of(dtype), processors);
+    const auto kernel = plan.chunks == 2   ? token_scores_kernel<float, 32, 2>
+                        : plan.lanes == 8  ? token_scores_kernel<float, 8, 1>
+                        : plan.lanes == 16 ? token_scores_kernel<float, 16, 1>
+                                           : token_scores_kernel<float, 32, 1>;
+    return host::launch(kernel, static_cast<unsigned>(plan.blocks), kThreads, p, plan);
+  }
+  const bool vectors = on_borders(p, 2);
+  const int steps = tile_steps(p.D, vectors);
+  const TilePlan plan = make_tile_plan(p, steps, vectors, {processors, host::kShared, host::kShared});
+  const auto kernel = dtype == DType::kFloat16 ? choose<Float16>(steps) : choose<BFloat16>(steps);
+  // what no thread has written is NaN
+  std::memset(host::dynamic, 0xff, host::kShared);
+  host::launch(kernel, static_cast<unsigned>(plan.blocks), 32 * plan.warps, p, plan);
 }
 
 }  // namespace token_scores
