@@ -142,9 +142,8 @@ PlainConfig best_config(const Params& p, DType dtype, int device, int keys) {
     const int tiles_m = table.tiles_m(t), shared = table.ability[t]->shared - i.before_tiles;
     for (int c = 0; c < kSizes; ++c) {
       const int size = kClusters[c], own_rows = (std::min(i.rows, table.rows) + size - 1) / size;
-      const int inbox = size * i.key_groups * own_rows * i.row, stages = std::min(kStages, (shared - inbox) / i.stage);
-      // later a place for all parts of the block
-      if (stages < 2 || stages * i.stage < i.key_groups * i.rows * i.row) continue;
+      const int inbox = size * own_rows * i.row, stages = std::min(kStages, (shared - inbox) / i.stage);
+      if (stages < 2 || stages * i.stage < i.parked) continue;
       const int parts = table.ability[t]->clusters[c] / (p.HK * tiles_m);
       for (int n = 1; n <= parts; ++n) {
         const float time = estimate(i, tiles_m, p.HK, keys, own_rows, size, n);

@@ -13,6 +13,7 @@ struct PlainInstance {
   int rows, keys, threads;
   int key_groups;    // warpgroups that share out the keys of a block
   int stage, row;    // bytes of a key tile, and of one row's partial result
+  int parked;        // bytes that partial results take where key tiles were
   int64_t partial;   // floats of one partial result
   int before_tiles;  // bytes of shared memory before the key tiles
 };

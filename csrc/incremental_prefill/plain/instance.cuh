@@ -8,8 +8,15 @@ namespace sk::incremental_prefill {
 
 template <class S>
 constexpr PlainInstance plain_instance_of() {
-  return {plain_prefill_kernel<S>, S::kRows,  S::kKeys, S::kThreads,
-          S::kKeyGroups,           S::kStage, S::kRow,  Partial<S>::kFloats,
+  return {plain_prefill_kernel<S>,
+          S::kRows,
+          S::kKeys,
+          S::kThreads,
+          S::kKeyGroups,
+          S::kStage,
+          S::kRow,
+          S::kExchange + S::kRows * S::kRow,
+          Partial<S>::kFloats,
           PlainLayout<S>::kStages};
 }
 

@@ -16,7 +16,49 @@ struct Rank {
   int own_rows, mine;
 };
 
-// A reader's state into the block's shared memory: rows of kRow bytes, one tile of rows per key group.
+// Two warpgroups that share out the keys join what they have: each keeps half of the columns, the GROUP-th, and hands
+// the other half over. What blocks send is what joining them takes, and is half as much so.
+template <class S, int GROUP>
+__device__ __forceinline__ void join_half(State<S>& state, char* exchange) {
+  constexpr int kHalf = S::D / 16, kPlaces = kHalf + 1;  // of 16 bytes, for each thread
+  float4* const places = reinterpret_cast<float4*>(exchange) + threadIdx.x % 128;
+  float4 *const own = places + GROUP * kPlaces * 128, *const others = places + (1 - GROUP) * kPlaces * 128;
+#pragma unroll
+  for (int n = 0; n < kHalf; ++n) {
+    const auto& x = state.o[(1 - GROUP) * kHalf + n];
+    own[n * 128] = make_float4(x[0], x[1], x[2], x[3]);
+  }
+  own[kHalf * 128] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
+  asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
+  const float4 ml = others[kHalf * 128];
+  const float m[2] = {ml.x, ml.y}, l[2] = {ml.z, ml.w};
+  float before[2], weight[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float top = fmaxf(state.m[i], m[i]), shift = top == -INFINITY ? 0.f : top;
+    before[i] = exp2_fast(state.m[i] - shift), weight[i] = exp2_fast(m[i] - shift);
+    state.m[i] = top;
+    state.l[i] = state.l[i] * before[i] + l[i] * weight[i];
+  }
+#pragma unroll
+  for (int n = 0; n < kHalf; ++n) {
+    const float4 y = others[n * 128];
+    auto& x = state.o[GROUP * kHalf + n];
+    x[0] = x[0] * before[0] + y.x * weight[0], x[1] = x[1] * before[0] + y.y * weight[0];
+    x[2] = x[2] * before[1] + y.z * weight[1], x[3] = x[3] * before[1] + y.w * weight[1];
+  }
+}
+template <class S>
+__device__ __forceinline__ void join_groups(State<S>& state, char* exchange) {
+  if (threadIdx.x < 128) {
+    join_half<S, 0>(state, exchange);
+  } else {
+    join_half<S, 1>(state, exchange);
+  }
+}
+
+// A reader's state into the block's shared memory, rows of kRow bytes; where warpgroups share out the keys, the columns
+// that it kept.
 template <class S>
 __device__ __forceinline__ void park(State<S>& state, const Rank& rank, char* parked) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -26,41 +68,32 @@ __device__ __forceinline__ void park(State<S>& state, const Rank& rank, char* pa
     state.l[i] += __shfl_xor_sync(~0u, state.l[i], 1);
     state.l[i] += __shfl_xor_sync(~0u, state.l[i], 2);
     if (row + 8 * i >= rank.valid) continue;
-    float* to = reinterpret_cast<float*>(parked + (group * S::kRows + row + 8 * i) * S::kRow);
-    if (lane % 4 == 0) *reinterpret_cast<float2*>(to + S::D) = make_float2(state.m[i], state.l[i]);
+    float* to = reinterpret_cast<float*>(parked + (row + 8 * i) * S::kRow);
+    if (group == 0 && lane % 4 == 0) *reinterpret_cast<float2*>(to + S::D) = make_float2(state.m[i], state.l[i]);
 #pragma unroll
     for (int n = 0; n < S::D / 8; ++n) {
+      if (S::kKeyGroups > 1 && n / (S::D / 16) != group) continue;
       *reinterpret_cast<float2*>(to + 8 * n + lane % 4 * 2) = make_float2(state.o[n][2 * i], state.o[n][2 * i + 1]);
     }
   }
 }
 
-// Called by one warp: all that is parked to the blocks that join it, but for this one.
+// Called by one warp: what is parked to the blocks that join it, but for this one.
 template <class S>
 __device__ __forceinline__ void send(const Rank& rank, uint32_t parked, uint32_t inbox, uint32_t received) {
   const int to = threadIdx.x % 32;
   const int first = to * rank.own_rows, rows = least(rank.own_rows, rank.valid - first);
   if (to >= rank.blocks || to == rank.block || rows <= 0) return;
-  const uint32_t barrier = remote(received, to);
-#pragma unroll
-  for (int group = 0; group < S::kKeyGroups; ++group) {
-    const int source = rank.block * S::kKeyGroups + group;
-    push(remote(inbox + source * rank.own_rows * S::kRow, to), parked + (group * S::kRows + first) * S::kRow,
-         rows * S::kRow, barrier);
-  }
+  push(remote(inbox + rank.block * rank.own_rows * S::kRow, to), parked + first * S::kRow, rows * S::kRow,
+       remote(received, to));
 }
 
 // Called by all other readers: what is parked for this block itself.
 template <class S>
 __device__ __forceinline__ void keep(const Rank& rank, const char* parked, char* inbox) {
-#pragma unroll
-  for (int group = 0; group < S::kKeyGroups; ++group) {
-    const int source = rank.block * S::kKeyGroups + group;
-    const auto* from =
-        reinterpret_cast<const uint4*>(parked + (group * S::kRows + rank.block * rank.own_rows) * S::kRow);
-    auto* to = reinterpret_cast<uint4*>(inbox + source * rank.own_rows * S::kRow);
-    for (int i = threadIdx.x - 32; i < rank.mine * (S::kRow / 16); i += S::kReaders - 32) to[i] = from[i];
-  }
+  const auto* from = reinterpret_cast<const uint4*>(parked + rank.block * rank.own_rows * S::kRow);
+  auto* to = reinterpret_cast<uint4*>(inbox + rank.block * rank.own_rows * S::kRow);
+  for (int i = threadIdx.x - 32; i < rank.mine * (S::kRow / 16); i += S::kReaders - 32) to[i] = from[i];
 }
 
 // Joins what the cluster's blocks sent and, where `parts` clusters share an item, hands it to
@@ -69,7 +102,7 @@ template <class S>
 __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Rank& rank, int part, int parts,
                                      const char* inbox, int* flag) {
   constexpr int kFours = S::D / 4, kAtOnce = 8, kParts = 8;
-  const int sources = S::kKeyGroups * rank.blocks, items = p.HK * plan.tiles_m;
+  const int sources = rank.blocks, items = p.HK * plan.tiles_m;
   const auto partial_of = [&](int n) { return Partial<S>(p.partials, n * items + rank.item); };
   const int first = rank.block * rank.own_rows;
 #pragma unroll 1

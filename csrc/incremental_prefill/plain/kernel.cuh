@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
     barrier_init(received, 1);
     barrier_publish();
-    barrier_expect(received, S::kKeyGroups * (rank.blocks - 1) * rank.mine * S::kRow);
+    barrier_expect(received, (rank.blocks - 1) * rank.mine * S::kRow);
   }
   cluster_arrive();
   __syncthreads();
@@ -79,14 +79,16 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     Attention<S>{p, plan, walk, rank, base, state}.run();
     // all are done with the tiles
     asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
-    park<S>(state, rank, stages);
+    char* const parked = stages + S::kExchange;
+    if constexpr (S::kKeyGroups > 1) join_groups<S>(state, stages);
+    park<S>(state, rank, parked);
     publish();
     asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
     cluster_wait();
     if (threadIdx.x < 32) {
-      send<S>(rank, shared_address(stages), base + plan.inbox, received);
+      send<S>(rank, shared_address(parked), base + plan.inbox, received);
     } else {
-      keep<S>(rank, stages, memory + plan.inbox);
+      keep<S>(rank, parked, memory + plan.inbox);
     }
   } else {
     NewRows<S> fresh;

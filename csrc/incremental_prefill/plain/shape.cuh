@@ -16,6 +16,8 @@ struct PlainShape : Shape<ELEMENT, HEAD_DIM, 4 * ROW_GROUPS, 1, 64> {
   static constexpr int kReaders = 128 * READERS, kLoaders = 128;  // threads
   static constexpr int kThreads = kReaders + kLoaders;
   static constexpr int kRow = (HEAD_DIM + 8) * 4;  // bytes of a row's partial result: o, then m and l, then nothing
+  // bytes that warpgroups with the same rows hand over to each other (join.cuh)
+  static constexpr int kExchange = kKeyGroups > 1 ? kReaders * (HEAD_DIM / 16 + 1) * 16 : 0;
 };
 
 // Bytes of shared memory: barriers, queries, key tiles (later: this block's partial results). Behind them
