@@ -101,7 +101,8 @@ __device__ __forceinline__ void keep(const Rank& rank, const char* parked, char*
 template <class S>
 __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Rank& rank, int part, int parts,
                                      const char* inbox, int* flag) {
-  constexpr int kFours = S::D / 4, kAtOnce = 8, kParts = 8;
+  // blocks whose warpgroups share out the rows are few to a cluster
+  constexpr int kFours = S::D / 4, kAtOnce = S::kKeyGroups > 1 ? 8 : 4, kParts = 8;
   const int sources = rank.blocks, items = p.HK * plan.tiles_m;
   const auto partial_of = [&](int n) { return Partial<S>(p.partials, n * items + rank.item); };
   const int first = rank.block * rank.own_rows;
