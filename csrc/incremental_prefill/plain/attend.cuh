@@ -108,7 +108,7 @@ struct Attention {
     mask_outside<S::kKeys>(s, fresh ? -walk.length : 0, high);
   }
 
-  // Weights by the maxima as they are, and what they add to l; or false, and nothing done, if the maxima must be raised
+  // Weights by the maxima as they are, and what they add to l; false if they are of no use, since maxima must be raised
   // first. Sums show what maxima would, without a comparison for each score and an exchange between lanes: where a
   // weight is too large its sum is.
   __device__ __forceinline__ bool weigh_as_is(const Scores& s, Weights& w) const {
