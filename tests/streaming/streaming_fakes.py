@@ -7,7 +7,10 @@ breaks the step protocol.
 
 import torch
 
+from streamkernels.streaming import Read, Session, Write
+
 END = 0
+HEADER = [1, 2, 3]
 
 
 class ProtocolError(Exception):
@@ -155,3 +158,13 @@ def both():
 
 
 CODECS = {"leading": leading, "trailing": trailing, "letters": letters, "both": both}
+
+
+def scripted(codec, pieces, policy, *, reads_on=None, **options):
+    model = ScriptModel(len(codec), len(options.get("header", HEADER)), [*codec.ids(*pieces), END], reads_on)
+    return Session(model, codec, policy, **{"header": HEADER, "source_end": [4], **options})
+
+
+def short(events):
+    """R for a read, the text of a write, 'end'."""
+    return ["R" if isinstance(e, Read) else e.text if isinstance(e, Write) else "end" for e in events]
