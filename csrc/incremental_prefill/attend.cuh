@@ -51,16 +51,20 @@ struct Fragments {
   }
 };
 
-// Begins s = q k^T of a warpgroup.
-template <class S>
-__device__ __forceinline__ void begin_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
-  if constexpr (S::kWgmma) {
-    const uint32_t q = low_word(f.query_tile + f.row_bytes, 16), k = low_word(keys + f.key_bytes, 16);
+// Begins s = q k^T and o += p v of a warpgroup; q, k, v as descriptors have them (low_word).
+template <class S, int KEYS>
+__device__ __forceinline__ void begin_scores(float (&s)[KEYS / 8][4], uint32_t q, uint32_t k) {
 #pragma unroll
-    for (int i = 0; i < S::D / 16; ++i) {
-      Product<typename S::Element, S::kWarpKeys, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
-                                                             describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
-    }
+  for (int i = 0; i < S::D / 16; ++i) {
+    Product<typename S::Element, KEYS, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
+                                                   describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
+  }
+}
+template <class S, int KEYS>
+__device__ __forceinline__ void begin_values(State<S>& state, const uint32_t (&p)[KEYS / 16][4], uint32_t v) {
+#pragma unroll
+  for (int n = 0; n < KEYS / 16; ++n) {
+    Product<typename S::Element, S::D, true>::run(state.o, p[n], describe(v, n * 16 * 128), true);
   }
 }
 
@@ -69,7 +73,7 @@ template <class S>
 __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
   if constexpr (S::kWgmma) {
     open_products();
-    begin_scores<S>(s, f, keys);
+    begin_scores<S, S::kWarpKeys>(s, low_word(f.query_tile + f.row_bytes, 16), low_word(keys + f.key_bytes, 16));
     finish_products();
   } else {
 #pragma unroll
@@ -94,26 +98,13 @@ __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], con
   }
 }
 
-// Begins o += p v of a warpgroup.
-template <class S>
-__device__ __forceinline__ void begin_values(State<S>& state, const Fragments<S>& f,
-                                             const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
-  if constexpr (S::kWgmma) {
-    const uint32_t v = low_word(values + f.key_bytes, S::kKeys * 128);
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 16; ++n) {
-      Product<typename S::Element, S::D, true>::run(state.o, p[n], describe(v, n * 16 * 128), true);
-    }
-  }
-}
-
 // o += p v
 template <class S>
 __device__ __forceinline__ void add_values(State<S>& state, const Fragments<S>& f,
                                            const uint32_t (&p)[S::kWarpKeys / 16][4], uint32_t values) {
   if constexpr (S::kWgmma) {
     open_products();
-    begin_values<S>(state, f, p, values);
+    begin_values<S, S::kWarpKeys>(state, p, low_word(values + f.key_bytes, S::kKeys * 128));
     finish_products();
   } else {
 #pragma unroll

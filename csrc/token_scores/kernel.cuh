@@ -14,13 +14,13 @@ struct Sums {
   float left, along, own, mass;  // e e, e o, a a v v, a
 };
 
-template <typename Element, int LANES, int CHUNKS>
+template <int LANES, int CHUNKS>
 struct Slot {
-  static constexpr int kWidth = 16 / sizeof(Element);
-  Piece<Element> k[CHUNKS], v[CHUNKS];
+  static constexpr int kWidth = 16 / sizeof(float);
+  Piece<float> k[CHUNKS], v[CHUNKS];
 
   // one row of k and v; `first` is this lane's first column
-  __device__ __forceinline__ void load(const Element* k_row, const Element* v_row, int first, int D, bool live,
+  __device__ __forceinline__ void load(const float* k_row, const float* v_row, int first, int D, bool live,
                                        bool vectors) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
@@ -39,9 +39,9 @@ struct Slot {
   }
 
   // folds one query head into the sums
-  __device__ __forceinline__ void fold(const Params& p, const Element* q, const Element* o, float lse, int first,
-                                       bool live, bool vectors, Sums& sums) const {
-    Piece<Element> q_piece[CHUNKS], o_piece[CHUNKS];
+  __device__ __forceinline__ void fold(const Params& p, const float* q, const float* o, float lse, int first, bool live,
+                                       bool vectors, Sums& sums) const {
+    Piece<float> q_piece[CHUNKS], o_piece[CHUNKS];
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const int column = first + c * LANES * kWidth;
@@ -88,10 +88,10 @@ struct Slot {
   }
 };
 
-template <typename Element, int LANES, int CHUNKS>
+template <int LANES, int CHUNKS>
 __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
     token_scores_kernel(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
-  constexpr int kGroups = 32 / LANES, kWidth = 16 / sizeof(Element);
+  constexpr int kGroups = 32 / LANES, kWidth = 16 / sizeof(float);
   __shared__ Sums shared[kMaxParts * kGroups];
   __shared__ float squares[kWarps];
   const int b = blockIdx.x / plan.tiles, tile = blockIdx.x % plan.tiles;
@@ -112,12 +112,12 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
       sums[u] = {0.0f, 0.0f, 0.0f, 0.0f};
     }
     for (int step = 0; step < p.HK; step += plan.parts) {
-      Slot<Element, LANES, CHUNKS> slots[kSlots];
+      Slot<LANES, CHUNKS> slots[kSlots];
 #pragma unroll
       for (int u = 0; u < kSlots; ++u) {
         const int64_t h = step + part[u], row = token[u];
-        const Element* k_row = static_cast<const Element*>(p.k.data) + b * p.k.batch + h * p.k.head + row * p.k.row;
-        const Element* v_row = static_cast<const Element*>(p.v.data) + b * p.v.batch + h * p.v.head + row * p.v.row;
+        const float* k_row = static_cast<const float*>(p.k.data) + b * p.k.batch + h * p.k.head + row * p.k.row;
+        const float* v_row = static_cast<const float*>(p.v.data) + b * p.v.batch + h * p.v.head + row * p.v.row;
         slots[u].load(k_row, v_row, first, p.D, row >= 0 && h < p.HK, plan.vectors);
       }
 #pragma unroll
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
         for (int r = 0; r < R; ++r) {
           const int64_t head = static_cast<int64_t>(h) * R + r;
           const float lse = live ? lse_of(p, b, head) : 0.0f;
-          slots[u].fold(p, head_of<Element>(p.q, b, head), head_of<Element>(p.o, b, head), lse, first, live,
-                        plan.vectors, sums[u]);
+          slots[u].fold(p, head_of<float>(p.q, b, head), head_of<float>(p.o, b, head), lse, first, live, plan.vectors,
+                        sums[u]);
         }
       }
     }
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, CHUNKS == 1 ? 2 : 1)
       if (first == 0) shared[(warp * kSlots + u) * kGroups + group] = sums[u];
     }
     let_next_launch_begin();
-    const float square = sum_over_warp(square_of_output<Element>(p, b, plan.vectors));
+    const float square = sum_over_warp(square_of_output<float>(p, b, plan.vectors));
     if (lane == 0) squares[warp] = square;
     __syncthreads();
   }

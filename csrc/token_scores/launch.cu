@@ -18,11 +18,11 @@ using TileKernel = void (*)(Params, TilePlan);
 Kernel choose(int lanes, int chunks) {
   switch (lanes) {
     case 8:
-      return token_scores_kernel<float, 8, 1>;
+      return token_scores_kernel<8, 1>;
     case 16:
-      return token_scores_kernel<float, 16, 1>;
+      return token_scores_kernel<16, 1>;
     default:
-      return chunks == 2 ? token_scores_kernel<float, 32, 2> : token_scores_kernel<float, 32, 1>;
+      return chunks == 2 ? token_scores_kernel<32, 2> : token_scores_kernel<32, 1>;
   }
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from ..triton_kernels.device.memory import Memory, packed
 from .tensors import DTYPES, reader, stream_of
 
 if TYPE_CHECKING:
@@ -123,12 +124,10 @@ class Plan:
         self.dtype, self.device, self.index = dtype, device, device.index
         # o [B, H, T, D] stored [B, T, H, D]
         self.o = (B, H, T, D), (T * H * D, D, H * D, 1)
-        self.lse = (B, H, T), (H * T, T, 1)
+        self.lse = packed(B, H, T)
         sizes = extension.incremental_prefill_workspace(B, H, HK, T, D, DTYPES[dtype], device.index or 0)
         self.needs = (*sizes, B * H * T)
-        # torch.compile's own way to an output: half the time of the public one, on the current device
-        quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
-        self.quick = quick if device.type == "cuda" else None
+        self.memory = Memory(device)
 
     def run(
         self, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...], with_lse: bool = True
@@ -139,12 +138,9 @@ class Plan:
         room = _held.get(key)
         if room is None or not room.holds(*self.needs):
             room = _held[key] = _room(key, self.device, *self.needs)
-        if self.quick is not None and torch._C._cuda_getDevice() == self.index:
-            o = self.quick(*self.o, self.dtype)
-            lse = self.quick(*self.lse, torch.float32) if with_lse else room.lse
-        else:
-            o = torch.empty_strided(*self.o, dtype=self.dtype, device=self.device)
-            lse = torch.empty(self.lse[0], dtype=torch.float32, device=self.device) if with_lse else room.lse
+        empty = self.memory.here()
+        o = empty(*self.o, self.dtype)
+        lse = empty(*self.lse, torch.float32) if with_lse else room.lse
         self.launch(*tensors, o, lse, room.counters, room.partials, *numbers, stream)
         return o, lse
 

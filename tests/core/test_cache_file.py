@@ -9,18 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from streamkernels.core import cache_file, segments
+from streamkernels.core import cache_file
 from streamkernels.core.cache import SOURCE, TARGET, StreamCache
 from streamkernels.core.positions import Rotary
 
 safetensors = pytest.importorskip("safetensors.torch")
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = segments.allocate
-    monkeypatch.setattr(segments, "allocate", lambda *a: empty(*a).fill_(float("nan")))
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
 def make(**changes: Any) -> StreamCache:

@@ -22,9 +22,7 @@ ROTARY = Rotary.from_theta(D, theta=100.0)
 
 
 @pytest.fixture(autouse=True)
-def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = segments.allocate
-    monkeypatch.setattr(segments, "allocate", lambda *a: empty(*a).fill_(float("nan")))
+def small_blocks(fresh_memory_is_nan: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # keys move in blocks, of which small segments would see only one
     monkeypatch.setattr(segments, "BLOCK", 3)
 

@@ -12,12 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from streamkernels.core import cache_room
 from streamkernels.core.cache import PADDING, SOURCE, TARGET, Staged, StreamCache
 
-
-def make(**changes: Any) -> StreamCache:
-    given: dict[str, Any] = dict(
-        layers=2, batch=2, kv_heads=2, head_dim=8, dtype=torch.float32, device="cpu", capacity=8
-    )
-    return StreamCache(**{**given, **changes})
+from .cache_cases import make
 
 
 @pytest.fixture
@@ -46,7 +41,7 @@ def check(staged: Staged, cache: StreamCache, layer: int, segment: int, role: to
 
 
 def test_the_short_way_gives_the_same(again: list[bool]) -> None:
-    cache = make()
+    cache = make(capacity=8)
     for n in range(3):
         for role, T in ((SOURCE, 1), (TARGET, 2)):
             for layer in (0, 1):
@@ -57,7 +52,7 @@ def test_the_short_way_gives_the_same(again: list[bool]) -> None:
 
 
 def test_roles_are_looked_at_once_a_step(again: list[bool]) -> None:
-    cache = make()
+    cache = make(capacity=8)
     for n in range(3):
         role = torch.tensor([[SOURCE, TARGET], [PADDING, TARGET]], dtype=torch.int8)
         for layer in (0, 1):
@@ -75,7 +70,7 @@ def test_roles_are_looked_at_once_a_step(again: list[bool]) -> None:
 
 
 def test_growth_and_selection_are_seen(again: list[bool]) -> None:
-    cache = make()
+    cache = make(capacity=8)
     for _ in range(3):
         for layer in (0, 1):
             check(cache.stage(layer, TARGET, 4), cache, layer, TARGET)
@@ -92,7 +87,7 @@ def test_growth_and_selection_are_seen(again: list[bool]) -> None:
 
 @pytest.mark.parametrize("role", [SOURCE, TARGET])
 def test_room_made_between_two_stages_is_seen(again: list[bool], role: int) -> None:
-    cache = make()
+    cache = make(capacity=8)
     for layer in (0, 1):
         cache.stage(layer, role, 1)
     cache.commit()
@@ -108,7 +103,7 @@ def test_room_made_between_two_stages_is_seen(again: list[bool], role: int) -> N
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, StreamCache.fork])
 def test_a_copy_stages_its_own(twin_of: Any) -> None:
-    cache = make()
+    cache = make(capacity=8)
     for layer in (0, 1):
         cache.stage(layer, TARGET, 2)
     cache.commit()
@@ -121,7 +116,7 @@ def test_a_copy_stages_its_own(twin_of: Any) -> None:
 
 
 def test_refusals_of_a_known_layer() -> None:
-    cache = make(fixed=True)
+    cache = make(capacity=8, fixed=True)
     for layer in (0, 1):
         cache.stage(layer, TARGET, 5)
     cache.commit()
@@ -149,7 +144,7 @@ def test_nothing_is_remembered_where_somebody_watches(again: list[bool]) -> None
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
-    cache = make()
+    cache = make(capacity=8)
     with Watch():
         cache.stage(0, TARGET, 1)
     assert cache._ready == [None, None]
@@ -159,7 +154,7 @@ def test_nothing_is_remembered_where_somebody_watches(again: list[bool]) -> None
 
 
 def test_bounded_caches_take_the_long_way(again: list[bool]) -> None:
-    cache = make(window=4, sinks=1, max_chunk=2)
+    cache = make(capacity=8, window=4, sinks=1, max_chunk=2)
     for _ in range(3):
         for layer in (0, 1):
             cache.stage(layer, TARGET, 2)

@@ -213,6 +213,14 @@ def test_influence(case: Case) -> None:
         assert torch.equal(changed, sees), (s, at)
 
 
+def assert_as_eager(call: list[object], o: torch.Tensor, lse: torch.Tensor) -> None:
+    """`o` and `lse`, of a replay, are what the call gives by itself, to the bit."""
+    eager_o, eager_lse = cuda.incremental_prefill(*call)
+    assert torch.equal(o, eager_o) and torch.equal(lse, eager_lse)
+    want, _ = reference.incremental_prefill(*copy_of(call))
+    assert (o.float() - want.float()).abs().max() < 0.05
+
+
 def test_a_graph_follows_lengths_and_roles() -> None:
     case = Case(B=2, H=28, HK=4, T=4, length=(1000, 200), role="padded", limits="random", capacity=(9000, 4000))
     call = make_call(case)
@@ -235,10 +243,7 @@ def test_a_graph_follows_lengths_and_roles() -> None:
         static[11].copy_(role)
         graph.replay()
         if i % 100 == 0:
-            eager_o, eager_lse = cuda.incremental_prefill(*static)
-            assert torch.equal(o, eager_o) and torch.equal(lse, eager_lse)
-            want, _ = reference.incremental_prefill(*copy_of(static))
-            assert (o.float() - want.float()).abs().max() < 0.05
+            assert_as_eager(static, o, lse)
 
 
 def test_a_graph_of_a_plain_session_follows_lengths() -> None:
@@ -255,10 +260,7 @@ def test_a_graph_of_a_plain_session_follows_lengths() -> None:
         static[9].copy_(torch.randint(0, 3900 if i % 2 else 300, (1, 2), generator=random, device=DEVICE))
         graph.replay()
         if i % 50 < 2:
-            eager_o, eager_lse = cuda.incremental_prefill(*static)
-            assert torch.equal(o, eager_o) and torch.equal(lse, eager_lse)
-            want, _ = reference.incremental_prefill(*copy_of(static))
-            assert (o.float() - want.float()).abs().max() < 0.05
+            assert_as_eager(static, o, lse)
 
 
 def test_a_full_segment_sets_the_status_word() -> None:

@@ -54,20 +54,6 @@ struct Attention {
     return low_word(base + Layout::kStages + at.stage * S::kStage + S::kMatrix, S::kKeys * 128);
   }
 
-  __device__ __forceinline__ void begin_scores(Scores& s, uint32_t q, uint32_t k) const {
-#pragma unroll
-    for (int i = 0; i < S::D / 16; ++i) {
-      Product<Element, S::kKeys, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
-                                             describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
-    }
-  }
-  __device__ __forceinline__ void begin_values(const Weights& w, uint32_t v) const {
-#pragma unroll
-    for (int n = 0; n < S::kKeys / 16; ++n) {
-      Product<Element, S::D, true>::run(state.o, w[n], describe(v, n * 16 * 128), true);
-    }
-  }
-
   __device__ __forceinline__ void give_back(uint32_t barrier) const {
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
   }
@@ -77,7 +63,7 @@ struct Attention {
     publish();
     const uint32_t k = keys(at);
     open_products();
-    begin_scores(s, q, k);
+    begin_scores<S, S::kKeys>(s, q, k);
     finish_products();
     give_back(empty<S>(base, at));
   }
@@ -86,7 +72,7 @@ struct Attention {
     publish();
     const uint32_t v = values(at);
     open_products();
-    begin_values(w, v);
+    begin_values<S, S::kKeys>(state, w, v);
     finish_products();
     give_back(empty<S>(base, at) + 8);
   }
@@ -171,9 +157,9 @@ struct Attention {
     barrier_wait(full<S>(base, at), at.phase);
     publish();
     open_products();
-    begin_scores(s, q, k);
+    begin_scores<S, S::kKeys>(s, q, k);
     close_products();
-    begin_values(w, v);
+    begin_values<S, S::kKeys>(state, w, v);
     close_products();
     wait_products<1>();
     give_back(empty<S>(base, at));

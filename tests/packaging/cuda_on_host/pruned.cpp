@@ -31,10 +31,10 @@ void launch(const Params& p, DType dtype, int, uintptr_t) {
   if (p.B == 0 || p.K == 0) return;
   if (dtype == DType::kFloat32) {
     const Plan plan = make_plan(p, size_of(dtype), processors);
-    const auto kernel = plan.chunks == 2   ? token_scores_kernel<float, 32, 2>
-                        : plan.lanes == 8  ? token_scores_kernel<float, 8, 1>
-                        : plan.lanes == 16 ? token_scores_kernel<float, 16, 1>
-                                           : token_scores_kernel<float, 32, 1>;
+    const auto kernel = plan.chunks == 2   ? token_scores_kernel<32, 2>
+                        : plan.lanes == 8  ? token_scores_kernel<8, 1>
+                        : plan.lanes == 16 ? token_scores_kernel<16, 1>
+                                           : token_scores_kernel<32, 1>;
     return host::launch(kernel, static_cast<unsigned>(plan.blocks), kThreads, p, plan);
   }
   const bool vectors = on_borders(p, 2);
