@@ -21,6 +21,7 @@ struct Plan {
   uint32_t by_R;         // 2^32 / R, rounded up: n / R is the high word of the product
   int workers_each;      // whole workers for each item
   int own_rows, inbox;   // plain/: rows of a tile that a block joins; where it takes in their parts
+  int patience;          // plain/: cycles to wait for blocks with the same rows
   int begin;             // steps that beginning an item counts for, where sessions differ
   uint64_t keep;         // how long the L2 should keep keys
   bool plain;            // one session whose rows all see every key before them

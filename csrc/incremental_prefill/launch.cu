@@ -136,6 +136,8 @@ constexpr float kBytesPerMicrosecond = 32 << 10, kItemMicroseconds = 6.f, kHandO
 constexpr int kBeginning = 10;
 // Longer caches are cut as this one is: the clusters that suit them would be slow while they are short.
 constexpr int kPlannedKeys = 32 << 10;
+// Cycles that blocks of a plain session wait for others: longer than those are apart, 15 us.
+constexpr int kPatience = 1 << 15;
 
 // Microseconds that clusters of `size` blocks take, but for what all sizes have in common.
 float estimate(const Instance& i, int items, int rows, int keys, int workers, int size) {
@@ -285,6 +287,7 @@ void launch(const Params& p, DType dtype, int device, uintptr_t stream) {
       plan.workers_each = c->parts;
       plan.own_rows = c->own_rows;
       plan.inbox = c->inbox;
+      plan.patience = tuning().patience ? tuning().patience - 1 : kPatience;
       plan.keep = plan.tiles_m == 1 ? kStream : kKeep;
       return launch_clusters(c->instance->kernel, p, plan, p.HK * c->tiles_m * c->parts, c->cluster,
                              c->instance->threads, c->shared, device, stream);

@@ -113,14 +113,25 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from) : "memory");
 }
 
+// Counts the block in, by one thread behind a barrier: releases what the barrier has gathered, acquires what the others
+// released. Returns what the counter was.
+__device__ __forceinline__ uint32_t count_in(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+__device__ __forceinline__ uint32_t look_at(const uint32_t* counter) {
+  uint32_t now;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(now) : "l"(counter) : "memory");
+  return now;
+}
+
 // Counts the block in, behind what it wrote; true in the last of `n`, which then sees what all wrote. Leaves the
 // counter at zero for the next launch.
 __device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t n, int* shared_flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    // releases what the barrier has gathered, acquires what the others released
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n" : "=r"(before) : "l"(counter) : "memory");
+    const uint32_t before = count_in(counter);
     if (before == n - 1) *counter = 0;
     *shared_flag = before == n - 1;
   }

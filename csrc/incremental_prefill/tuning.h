@@ -10,6 +10,7 @@ struct Tuning {
   int keep = 0;      // 1: keys like anything else in the L2
   int plain = 0;     // blocks of a cluster for plain sessions; -1: the general kernel
   int parts = 0;     // clusters that share an item of a plain session
+  int patience = 0;  // 1 + cycles that blocks of a plain session wait for others
   int begin = 0;     // 1 + steps that beginning an item counts for
 };
 

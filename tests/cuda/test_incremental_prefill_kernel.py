@@ -289,6 +289,26 @@ def test_two_streams_at_once(case: Case) -> None:
         assert torch.equal(o, want[i % 2][0]) and torch.equal(lse, want[i % 2][1])
 
 
+def test_blocks_that_start_late() -> None:
+    """Blocks wait a while for others of their item, which a busy GPU may not have room for: nobody hangs, and who joins
+    which rows changes nothing."""
+    side, soon = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE, priority=-1)
+    x = torch.randn(8192, 8192, dtype=BF16, device=DEVICE)
+    for case in (LARGE[9], LARGE[10]):
+        call = make_call(case)
+        calls = [copy_of(call) for _ in range(20)]
+        first = cuda.incremental_prefill(*call)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            products = [x @ x for _ in range(10)]
+        with torch.cuda.stream(soon):
+            results = [cuda.incremental_prefill(*again) for again in calls]
+        torch.cuda.synchronize()
+        for result in results:
+            assert all(torch.equal(a.view(torch.int8), b.view(torch.int8)) for a, b in zip(result, first, strict=True))
+        assert torch.equal(products[0], products[-1])
+
+
 def test_rows_that_see_nothing_and_poison() -> None:
     """Padding rows may hold anything; slots behind the length are NaN already (make_call)."""
     call = make_call(Case(T=6, length=(0, 0), capacity=(40, 40)))

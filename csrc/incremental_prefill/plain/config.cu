@@ -105,8 +105,8 @@ struct Table {
 constexpr int kPlannedKeys = 32 << 10;
 // Microseconds, measured on an H200 (bench/README.md): of a block for a round of tiles, by warpgroups that share out
 // its keys; to begin and end, by the same; for each block that a row's parts come from; to hand parts to other
-// clusters.
-constexpr float kRound[2] = {1.15f, 1.1f}, kBegin[2] = {7.8f, 5.1f}, kSource = 0.08f, kHandOver = 2.3f;
+// clusters; to wait for those.
+constexpr float kRound[2] = {0.9f, 1.1f}, kBegin[2] = {6.5f, 4.2f}, kSource = 0.08f, kHandOver = 2.3f, kWait = 0.5f;
 // Bytes that a block reads in a microsecond, of keys or of what other clusters leave; that all blocks read, from the L2
 // and from memory, where more blocks get a little more.
 constexpr float kBlockBytes = 48e3f, kPartBytes = 60e3f, kCacheBytes = 6e6f, kMemoryBytes = 3.5e6f, kMore = 4.5e3f;
@@ -118,7 +118,11 @@ float estimate(const PlainInstance& i, int tiles_m, int heads, int keys, int own
   const float memory = kMemoryBytes + kMore * heads * tiles_m * size * parts;
   const float walk = std::max({(each + i.key_groups - 1) / i.key_groups * kRound[i.key_groups - 1],
                                each * i.stage / kBlockBytes, bytes / memory, bytes * tiles_m / kCacheBytes});
-  const float others = parts == 1 ? 0.f : kHandOver + parts * own_rows * i.row / kPartBytes;
+  float others = 0.f;
+  if (parts > 1) {
+    const int shares = shares_of(own_rows, parts), joined = (own_rows + shares - 1) / shares;
+    others = kHandOver + (shares > 1 ? kWait : 0.f) + parts * joined * i.row / kPartBytes;
+  }
   return kBegin[i.key_groups - 1] + walk + kSource * size + others;
 }
 

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "incremental_prefill/instance.h"
+#include "incremental_prefill/plan.h"
 
 namespace sk::incremental_prefill {
 
@@ -19,6 +20,11 @@ struct PlainInstance {
 };
 
 constexpr int kPlainInstances = 2, kPlainCluster = 16;  // tiles of a head dim, or fewer; most blocks of a cluster
+
+// Blocks that join `rows` rows which `parts` blocks have parts of: eight rows are worth one.
+SK_HOST_DEVICE int shares_of(int rows, int parts) {
+  return most(1, least(rows / 8, parts));
+}
 
 // The instances of a head dim by rising number of rows, then some without a kernel; or null.
 template <typename Element>

@@ -1,9 +1,10 @@
 // The result of a plain session's item: every block of a cluster sends the others the rows that they join, by the copy
-// engine, and joins its own; clusters are joined as in join.cuh, by whoever arrives last.
+// engine, and joins its own; clusters are joined by the blocks that arrive last, a share of the rows each.
 #pragma once
 
 #include "incremental_prefill/merge.cuh"
 #include "incremental_prefill/plain/barrier.cuh"
+#include "incremental_prefill/plain/config.h"
 #include "incremental_prefill/plain/shape.cuh"
 
 namespace sk::incremental_prefill {
@@ -17,19 +18,24 @@ struct Rank {
 };
 
 // Two warpgroups that share out the keys join what they have: each keeps half of the columns, the GROUP-th, and hands
-// the other half over. What blocks send is what joining them takes, and is half as much so.
+// the other half over. What blocks send is what joining them takes, and is half as much so. Warps without a valid row
+// have nothing to hand over.
 template <class S, int GROUP>
-__device__ __forceinline__ void join_half(State<S>& state, char* exchange) {
+__device__ __forceinline__ void join_half(State<S>& state, const Rank& rank, char* exchange) {
   constexpr int kHalf = S::D / 16, kPlaces = kHalf + 1;  // of 16 bytes, for each thread
   float4* const places = reinterpret_cast<float4*>(exchange) + threadIdx.x % 128;
   float4 *const own = places + GROUP * kPlaces * 128, *const others = places + (1 - GROUP) * kPlaces * 128;
+  const bool valid = static_cast<int>(threadIdx.x) % 128 / 32 * 16 < rank.valid;
+  if (valid) {
 #pragma unroll
-  for (int n = 0; n < kHalf; ++n) {
-    const auto& x = state.o[(1 - GROUP) * kHalf + n];
-    own[n * 128] = make_float4(x[0], x[1], x[2], x[3]);
+    for (int n = 0; n < kHalf; ++n) {
+      const auto& x = state.o[(1 - GROUP) * kHalf + n];
+      own[n * 128] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+    own[kHalf * 128] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
   }
-  own[kHalf * 128] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
   asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
+  if (!valid) return;
   const float4 ml = others[kHalf * 128];
   const float m[2] = {ml.x, ml.y}, l[2] = {ml.z, ml.w};
   float before[2], weight[2];
@@ -49,11 +55,11 @@ __device__ __forceinline__ void join_half(State<S>& state, char* exchange) {
   }
 }
 template <class S>
-__device__ __forceinline__ void join_groups(State<S>& state, char* exchange) {
+__device__ __forceinline__ void join_groups(State<S>& state, const Rank& rank, char* exchange) {
   if (threadIdx.x < 128) {
-    join_half<S, 0>(state, exchange);
+    join_half<S, 0>(state, rank, exchange);
   } else {
-    join_half<S, 1>(state, exchange);
+    join_half<S, 1>(state, rank, exchange);
   }
 }
 
@@ -96,11 +102,45 @@ __device__ __forceinline__ void keep(const Rank& rank, const char* parked, char*
   for (int i = threadIdx.x - 32; i < rank.mine * (S::kRow / 16); i += S::kReaders - 32) to[i] = from[i];
 }
 
-// Joins what the cluster's blocks sent and, where `parts` clusters share an item, hands it to
-// the last of them.
+// Which shares of its rows the block joins, a bit each, when `parts` clusters have written theirs down: each of the
+// last `shares` blocks to count themselves in takes one. Who is early waits for the last one, but not for long, since
+// that one may not be running; who leaves says so, and the last one takes its share. `counter`: how many have arrived,
+// then a bit for each share that was left; zero for the next launch.
+__device__ __forceinline__ uint32_t shares_of_block(uint32_t* counter, int parts, int shares, int patience,
+                                                    uint32_t* flag) {
+  constexpr uint32_t kCount = 0xffff, kLeft = 16;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const uint32_t before = count_in(counter);
+    const uint32_t arrived = (before & kCount) + 1;
+    const int share = static_cast<int>(arrived) - 1 - (parts - shares);
+    uint32_t own = share < 0 ? 0 : 1u << share;
+    if (static_cast<int>(arrived) == parts) {
+      // an addition, which hands on what the others released
+      atomicAdd(counter, 0u - (before + 1));
+      own |= before >> kLeft;
+    } else if (share >= 0) {
+      const long long begin = clock64();
+      for (;;) {
+        const uint32_t now = look_at(counter), count = now & kCount;
+        if (static_cast<int>(count) == parts || count < arrived) break;
+        if (clock64() - begin < patience) continue;
+        if (atomicCAS(counter, now, now | own << kLeft) == now) {
+          own = 0;
+          break;
+        }
+      }
+    }
+    *flag = own;
+  }
+  __syncthreads();
+  return *flag;
+}
+
+// Joins what the cluster's blocks sent and, where `parts` clusters share an item, its share of what they wrote down.
 template <class S>
 __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Rank& rank, int part, int parts,
-                                     const char* inbox, int* flag) {
+                                     const char* inbox, uint32_t* flag) {
   // blocks whose warpgroups share out the rows are few to a cluster
   constexpr int kFours = S::D / 4, kAtOnce = S::kKeyGroups > 1 ? 8 : 4, kParts = 8;
   const int sources = rank.blocks, items = p.HK * plan.tiles_m;
@@ -129,20 +169,25 @@ __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Ra
   }
   if (parts == 1) return;
   uint32_t* counter = p.counters + rank.item * kMostBlocks + rank.block;
-  if (!arrive_last(counter, parts, flag)) return;
+  const int shares = shares_of(rank.mine, parts), rows = divide(rank.mine + shares - 1, shares);
+  uint32_t own = shares_of_block(counter, parts, shares, plan.patience, flag);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rank.mine * kFours; i += S::kThreads) {
-    const int row = first + i / kFours, column = i % kFours * 4;
-    Part whole = nothing();
+  for (; own != 0; own &= own - 1) {
+    const int begin = (__ffs(static_cast<int>(own)) - 1) * rows, end = least(rank.mine, begin + rows);
 #pragma unroll 1
-    for (int base = 0; base < parts; base += kParts) {
-      Sources<kParts> some;
-      some.read(
-          parts - base, [&](int k) { return partial_of(base + k).statistics(row); },
-          [&](int k) { return partial_of(base + k).values(row, column); });
-      some.fold(whole);
+    for (int i = begin * kFours + threadIdx.x; i < end * kFours; i += S::kThreads) {
+      const int row = first + i / kFours, column = i % kFours * 4;
+      Part whole = nothing();
+#pragma unroll 1
+      for (int base = 0; base < parts; base += kParts) {
+        Sources<kParts> some;
+        some.read(
+            parts - base, [&](int k) { return partial_of(base + k).statistics(row); },
+            [&](int k) { return partial_of(base + k).values(row, column); });
+        some.fold(whole);
+      }
+      finish<S>(p, plan, rank.at, false, row, column, whole);
     }
-    finish<S>(p, plan, rank.at, false, row, column, whole);
   }
 }
 

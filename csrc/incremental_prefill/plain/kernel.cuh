@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const uint32_t base = shared_address(memory);
   const bool reads = threadIdx.x < S::kReaders;
   let_next_launch_begin();
-  touch<S>(p, reinterpret_cast<uint32_t*>(memory + Layout::kStages));
+  touch<S>(p, reinterpret_cast<uint32_t*>(memory + Layout::kQueries));
   Rank rank;
   rank.blocks = cluster_blocks();
   rank.block = cluster_rank();
@@ -35,19 +35,22 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   rank.own_rows = plan.own_rows;
   rank.mine = most(0, least(rank.own_rows, rank.valid - rank.block * rank.own_rows));
   const uint32_t received = base + Layout::kReceived;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < plan.stages; ++stage) {
-      barrier_init(base + Layout::kFull + 16 * stage, S::kLoaders);
-      barrier_init(base + Layout::kFull + 16 * stage + 8, S::kLoaders);
-      barrier_init(base + Layout::kEmpty + 16 * stage, 4 * S::kRowGroups);
-      barrier_init(base + Layout::kEmpty + 16 * stage + 8, 4 * S::kRowGroups);
+  if (!reads) {
+    const int thread = threadIdx.x - S::kReaders;
+    if (thread < 2 * plan.stages) {
+      // of the keys and of the values of a stage
+      barrier_init(base + Layout::kFull + 8 * thread, S::kLoaders);
+      barrier_init(base + Layout::kEmpty + 8 * thread, 4 * S::kRowGroups);
     }
-    barrier_init(received, 1);
-    barrier_publish();
-    barrier_expect(received, (rank.blocks - 1) * rank.mine * S::kRow);
+    if (thread == 0) {
+      barrier_init(received, 1);
+      barrier_publish();
+      barrier_expect(received, (rank.blocks - 1) * rank.mine * S::kRow);
+    }
+    // loaders go on when loaders are here, readers when all are
+    asm volatile("bar.sync 2, %0;\nbar.arrive 3, %1;\n" ::"n"(S::kLoaders), "n"(S::kThreads) : "memory");
   }
   cluster_arrive();
-  __syncthreads();
 
   wait_for_launch_before();
   const int length[2] = {length_at(p, 0, 0), length_at(p, 0, 1)};
@@ -70,6 +73,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (reads) {
     Queries<S> queries;
     queries.fetch(p, plan, rank.at, rank.valid);
+    asm volatile("bar.sync 3, %0;\n" ::"n"(S::kThreads) : "memory");
     if (!plan_walk()) return;
     queries.put(p, plan, rank.valid, memory + Layout::kQueries);
     publish();
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     // all are done with the tiles
     asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
     char* const parked = stages + S::kExchange;
-    if constexpr (S::kKeyGroups > 1) join_groups<S>(state, stages);
+    if constexpr (S::kKeyGroups > 1) join_groups<S>(state, rank, stages);
     park<S>(state, rank, parked);
     publish();
     asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   // this block has what was sent to it: the others may leave
   cluster_arrive();
   __syncthreads();
-  join<S>(p, plan, rank, part, parts, memory + plan.inbox, reinterpret_cast<int*>(memory + Layout::kFlag));
+  join<S>(p, plan, rank, part, parts, memory + plan.inbox, reinterpret_cast<uint32_t*>(memory + Layout::kFlag));
   cluster_wait();
 #endif
 }
