@@ -84,22 +84,24 @@ __device__ __forceinline__ void park(State<S>& state, const Rank& rank, char* pa
   }
 }
 
-// Called by one warp: what is parked to the blocks that join it, but for this one.
+// Called by all readers: what is parked to the blocks that join it, the next one first, and to its place for what this
+// block joins. A warp begins one copy at a time, so all warps do.
 template <class S>
-__device__ __forceinline__ void send(const Rank& rank, uint32_t parked, uint32_t inbox, uint32_t received) {
-  const int to = threadIdx.x % 32;
-  const int first = to * rank.own_rows, rows = least(rank.own_rows, rank.valid - first);
-  if (to >= rank.blocks || to == rank.block || rows <= 0) return;
-  push(remote(inbox + rank.block * rank.own_rows * S::kRow, to), parked + first * S::kRow, rows * S::kRow,
-       remote(received, to));
-}
-
-// Called by all other readers: what is parked for this block itself.
-template <class S>
-__device__ __forceinline__ void keep(const Rank& rank, const char* parked, char* inbox) {
-  const auto* from = reinterpret_cast<const uint4*>(parked + rank.block * rank.own_rows * S::kRow);
-  auto* to = reinterpret_cast<uint4*>(inbox + rank.block * rank.own_rows * S::kRow);
-  for (int i = threadIdx.x - 32; i < rank.mine * (S::kRow / 16); i += S::kReaders - 32) to[i] = from[i];
+__device__ __forceinline__ void send(const Rank& rank, const char* parked, char* inbox, uint32_t received) {
+  const int place = rank.block * rank.own_rows * S::kRow;
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll 1
+    for (int n = 1 + threadIdx.x / 32; n < rank.blocks; n += S::kReaders / 32) {
+      const int to = rank.block + n < rank.blocks ? rank.block + n : rank.block + n - rank.blocks;
+      const int first = to * rank.own_rows, rows = least(rank.own_rows, rank.valid - first);
+      if (rows <= 0) continue;
+      push(remote(shared_address(inbox) + place, to), shared_address(parked) + first * S::kRow, rows * S::kRow,
+           remote(received, to));
+    }
+  }
+  const auto* from = reinterpret_cast<const uint4*>(parked + place);
+  auto* to = reinterpret_cast<uint4*>(inbox + place);
+  for (int i = threadIdx.x; i < rank.mine * (S::kRow / 16); i += S::kReaders) to[i] = from[i];
 }
 
 // Which shares of its rows the block joins, a bit each, when `parts` clusters have written theirs down: each of the

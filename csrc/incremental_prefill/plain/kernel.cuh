@@ -89,11 +89,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     publish();
     asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
     cluster_wait();
-    if (threadIdx.x < 32) {
-      send<S>(rank, shared_address(parked), base + plan.inbox, received);
-    } else {
-      keep<S>(rank, parked, memory + plan.inbox);
-    }
+    send<S>(rank, parked, memory + plan.inbox, received);
   } else {
     NewRows<S> fresh;
     if (may_be_fresh) fresh.fetch(p, rank.at.hk);
