@@ -20,6 +20,8 @@ __device__ __forceinline__ const Element* query_at(const Params& p, const Plan& 
 
 // A negative scale turns queries around, a scale of zero makes them zero.
 __device__ __forceinline__ uint4 with_sign(const Plan& plan, uint4 x) {
+  if (__builtin_expect(plan.sign > 0.f, 1)) return x;
+  asm volatile("// odd scale\n");
   const uint32_t keep = plan.sign == 0.f ? 0u : ~0u, flip = plan.sign < 0.f ? 0x80008000u : 0u;
   return make_uint4((x.x & keep) ^ flip, (x.y & keep) ^ flip, (x.z & keep) ^ flip, (x.w & keep) ^ flip);
 }

@@ -136,7 +136,7 @@ constexpr float kBytesPerMicrosecond = 32 << 10, kItemMicroseconds = 6.f, kHandO
 constexpr int kBeginning = 10;
 // Longer caches are cut as this one is: the clusters that suit them would be slow while they are short.
 constexpr int kPlannedKeys = 32 << 10;
-// Cycles that blocks of a plain session wait for others: longer than those are apart, 15 us.
+// Cycles that blocks of a plain session wait for those with the same rows, which end a few microseconds apart.
 constexpr int kPatience = 1 << 15;
 
 // Microseconds that clusters of `size` blocks take, but for what all sizes have in common.

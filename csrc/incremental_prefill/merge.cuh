@@ -1,7 +1,7 @@
 // Joining partial results (m, l, o): o = sum 2^(m_i - m) o_i, l = sum 2^(m_i - m) l_i with m = max m_i. First the warps
 // of a block, then the blocks of a cluster, which reduce a slice of the rows each, then clusters, by counters: of the
-// blocks that hold one slice the last to arrive joins it, always in the same order. Nobody ever waits for a block that
-// may not be running.
+// blocks that hold one slice the last to arrive joins it, always in the same order. Nobody ever depends on a block
+// that may not be running.
 #pragma once
 
 #include <cstdint>
@@ -74,11 +74,11 @@ __device__ __forceinline__ void finish(const Params& p, const Plan& plan, const 
   const int at = to.first_row + row, t = divide_by_R(plan, at), h = to.hk * plan.R + at - t * plan.R;
   if (padding) part = nothing();
   const float lse = part.l == 0.f ? -INFINITY : (part.m + log2_fast(part.l)) * 0.6931471805599453f;
-  float gate = part.l == 0.f ? 0.f : 1.f / part.l;
+  float gate = part.l == 0.f ? 0.f : __fdividef(1.f, part.l);
   if (p.sink_logits != nullptr && part.l != 0.f) {
     const float logit = p.sink_logits_fp32 ? static_cast<const float*>(p.sink_logits)[h]
                                            : to_float(static_cast<const Element*>(p.sink_logits)[h]);
-    gate *= 1.f / (1.f + expf(logit - lse));
+    gate = __fdividef(gate, 1.f + __expf(logit - lse));
   }
   const int64_t row_at = (int64_t{to.b} * p.T + t) * p.H + h;
   const uint2 packed = {pack(Element{}, part.o.x * gate, part.o.y * gate),

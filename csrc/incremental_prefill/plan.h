@@ -21,16 +21,26 @@ SK_HOST_DEVICE constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// a / b for 0 <= a, 0 < b and a quotient below 2^20: a fraction of what an exact division costs
-SK_HOST_DEVICE int divide(int a, int b) {
+// a / b for 0 <= a, 0 < b and a quotient below 2^20: a fraction of what an exact division costs. `by_b`: 1 / b.
+SK_HOST_DEVICE float reciprocal(int b) {
 #if defined(__CUDA_ARCH__)
-  int q = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));
+  return __fdividef(1.f, static_cast<float>(b));
+#else
+  return 1.f / static_cast<float>(b);
+#endif
+}
+SK_HOST_DEVICE int divide(int a, int b, float by_b) {
+#if defined(__CUDA_ARCH__)
+  int q = static_cast<int>(static_cast<float>(a) * by_b);
   const int rest = a - q * b;
   q += rest >= b ? 1 : rest < 0 ? -1 : 0;
   return q;
 #else
   return a / b;
 #endif
+}
+SK_HOST_DEVICE int divide(int a, int b) {
+  return divide(a, b, reciprocal(b));
 }
 
 // What the rows of one session ask for, as sums, minima and maxima: what a group of threads can reduce.
@@ -221,8 +231,9 @@ SK_HOST_DEVICE Range beside_fresh(Range whole, int i, int log) {
 }
 
 // Part `i` of `n` of the same, where part 0 has one step besides if `fresh`.
-SK_HOST_DEVICE Range cut(Range whole, int i, int n, bool fresh) {
-  const int size = whole.end - whole.begin + fresh, begin = divide(size * i, n), end = divide(size * (i + 1), n);
+SK_HOST_DEVICE Range cut(Range whole, int i, int n, float by_n, bool fresh) {
+  const int size = whole.end - whole.begin + fresh;
+  const int begin = divide(size * i, n, by_n), end = divide(size * (i + 1), n, by_n);
   return {whole.begin + most(begin - fresh, 0), whole.begin + most(end - fresh, 0)};
 }
 

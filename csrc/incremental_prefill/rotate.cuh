@@ -69,15 +69,19 @@ struct Pairs {
     b.unpack(y);
     cosine.unpack(c, p.angles_fp32);
     sine.unpack(s, p.angles_fp32);
+    if (__builtin_expect(p.interleaved, 0)) {
+      asm volatile("// interleaved\n");  // a branch: ptxas would do both and choose
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (!p.interleaved) {
-        const Pair pair = rotate_pair(x[i], y[i], c[i], s[i]);
-        x[i] = pair.x, y[i] = pair.y;
-      } else {
+      for (int i = 0; i < 8; ++i) {
         float (&z)[8] = i < 4 ? x : y;
         const Pair pair = rotate_pair(z[2 * i % 8], z[2 * i % 8 + 1], c[i], s[i]);
         z[2 * i % 8] = pair.x, z[2 * i % 8 + 1] = pair.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const Pair pair = rotate_pair(x[i], y[i], c[i], s[i]);
+        x[i] = pair.x, y[i] = pair.y;
       }
     }
     a.pack(x);

@@ -105,7 +105,7 @@ struct Table {
 constexpr int kPlannedKeys = 32 << 10;
 // Microseconds, measured on an H200 (bench/README.md): of a block for a round of tiles, by warpgroups that share out
 // its keys; to begin and end, by the same; for each block that a row's parts come from; to hand parts to other
-// clusters; to wait for those.
+// clusters; to wait for them.
 constexpr float kRound[2] = {0.9f, 1.1f}, kBegin[2] = {6.5f, 4.2f}, kSource = 0.08f, kHandOver = 2.3f, kWait = 0.5f;
 // Bytes that a block reads in a microsecond, of keys or of what other clusters leave; that all blocks read, from the L2
 // and from memory, where more blocks get a little more.

@@ -105,9 +105,9 @@ __device__ __forceinline__ void send(const Rank& rank, const char* parked, char*
 }
 
 // Which shares of its rows the block joins, a bit each, when `parts` clusters have written theirs down: each of the
-// last `shares` blocks to count themselves in takes one. Who is early waits for the last one, but not for long, since
-// that one may not be running; who leaves says so, and the last one takes its share. `counter`: how many have arrived,
-// then a bit for each share that was left; zero for the next launch.
+// last `shares` blocks to count themselves in takes one. Who is early waits for the last one, but no longer than
+// `patience` cycles, since that one may not be running; who leaves says so, and the last one takes its share.
+// `counter`: how many have arrived, then a bit for each share that was left; zero for the next launch.
 __device__ __forceinline__ uint32_t shares_of_block(uint32_t* counter, int parts, int shares, int patience,
                                                     uint32_t* flag) {
   constexpr uint32_t kCount = 0xffff, kLeft = 16;
@@ -139,34 +139,66 @@ __device__ __forceinline__ uint32_t shares_of_block(uint32_t* counter, int parts
   return *flag;
 }
 
+// Four columns of one row from `sources` parts of it, 16 at most; the TEAM lanes of a team, 16 or 32, have one row.
+// Each lane weighs a part, all add up what they say. `statistics(i)` -> (m, l) of part i, `values(i)` -> its o.
+template <int TEAM, typename Statistics, typename Values>
+__device__ __forceinline__ Part join_as_team(int sources, Statistics statistics, Values values) {
+  const int lane = threadIdx.x % kMostBlocks;
+  const uint32_t team = TEAM == 32 ? ~0u : 0xffffu << threadIdx.x % 32 / TEAM * TEAM;
+  const float2 ml = lane < sources ? statistics(lane) : make_float2(-INFINITY, 0.f);
+  Part part{ml.x, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
+#pragma unroll
+  for (int n = kMostBlocks / 2; n > 0; n /= 2) part.m = fmaxf(part.m, __shfl_xor_sync(team, part.m, n));
+  const float weight = exp2_fast(ml.x - (part.m == -INFINITY ? 0.f : part.m));
+  part.l = weight * ml.y;
+#pragma unroll
+  for (int n = kMostBlocks / 2; n > 0; n /= 2) part.l += __shfl_xor_sync(team, part.l, n);
+#pragma unroll 4
+  for (int i = 0; i < sources; ++i) {
+    const float w = __shfl_sync(team, weight, i, TEAM);
+    const float4 o = values(i);
+    part.o.x += w * o.x, part.o.y += w * o.y, part.o.z += w * o.z, part.o.w += w * o.w;
+  }
+  return part;
+}
+
+// The same by one lane, for any number of sources, AT_ONCE of which are read before one is used.
+template <int AT_ONCE, typename Statistics, typename Values>
+__device__ __forceinline__ Part join_alone(int sources, Statistics statistics, Values values) {
+  Part part = nothing();
+#pragma unroll 1
+  for (int base = 0; base < sources; base += AT_ONCE) {
+    Sources<AT_ONCE> some;
+    some.read(sources - base, [&](int i) { return statistics(base + i); }, [&](int i) { return values(base + i); });
+    some.fold(part);
+  }
+  return part;
+}
+
 // Joins what the cluster's blocks sent and, where `parts` clusters share an item, its share of what they wrote down.
 template <class S>
 __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Rank& rank, int part, int parts,
                                      const char* inbox, uint32_t* flag) {
-  // blocks whose warpgroups share out the rows are few to a cluster
-  constexpr int kFours = S::D / 4, kAtOnce = S::kKeyGroups > 1 ? 8 : 4, kParts = 8;
-  const int sources = rank.blocks, items = p.HK * plan.tiles_m;
-  const auto partial_of = [&](int n) { return Partial<S>(p.partials, n * items + rank.item); };
-  const int first = rank.block * rank.own_rows;
+  constexpr int kFours = S::D / 4;
+  const int items = p.HK * plan.tiles_m, first = rank.block * rank.own_rows;
+  const int stride = rank.own_rows * S::kRow;  // bytes from one source to the next
 #pragma unroll 1
   for (int i = threadIdx.x; i < rank.mine * kFours; i += S::kThreads) {
     const int row = i / kFours, column = i % kFours * 4;
-    const char* from = inbox + row * S::kRow;
-    Part part_of_row = nothing();
-#pragma unroll 1
-    for (int base = 0; base < sources; base += kAtOnce) {
-      Sources<kAtOnce> some;
-      const char* base_row = from + base * rank.own_rows * S::kRow;
-      const auto at = [&](int k) { return reinterpret_cast<const float*>(base_row + k * rank.own_rows * S::kRow); };
-      some.read(
-          sources - base, [&](int k) { return *reinterpret_cast<const float2*>(at(k) + S::D); },
-          [&](int k) { return *reinterpret_cast<const float4*>(at(k) + column); });
-      some.fold(part_of_row);
+    const auto from = [&](int k) { return reinterpret_cast<const float*>(inbox + row * S::kRow + k * stride); };
+    const auto statistics = [&](int k) { return *reinterpret_cast<const float2*>(from(k) + S::D); };
+    const auto values = [&](int k) { return *reinterpret_cast<const float4*>(from(k) + column); };
+    Part whole;
+    if constexpr (S::kRowGroups == 1) {
+      whole = join_as_team<least(32, kFours)>(rank.blocks, statistics, values);
+    } else {
+      // blocks of many rows are few to a cluster
+      whole = join_alone<2>(rank.blocks, statistics, values);
     }
     if (parts == 1) {
-      finish<S>(p, plan, rank.at, false, first + row, column, part_of_row);
+      finish<S>(p, plan, rank.at, false, first + row, column, whole);
     } else {
-      partial_of(part).put(first + row, column, part_of_row);
+      Partial<S>(p.partials, part * items + rank.item).put(first + row, column, whole);
     }
   }
   if (parts == 1) return;
@@ -179,15 +211,9 @@ __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Ra
 #pragma unroll 1
     for (int i = begin * kFours + threadIdx.x; i < end * kFours; i += S::kThreads) {
       const int row = first + i / kFours, column = i % kFours * 4;
-      Part whole = nothing();
-#pragma unroll 1
-      for (int base = 0; base < parts; base += kParts) {
-        Sources<kParts> some;
-        some.read(
-            parts - base, [&](int k) { return partial_of(base + k).statistics(row); },
-            [&](int k) { return partial_of(base + k).values(row, column); });
-        some.fold(whole);
-      }
+      const auto from = [&](int k) { return Partial<S>(p.partials, k * items + rank.item); };
+      const Part whole = join_alone<8>(
+          parts, [&](int k) { return from(k).statistics(row); }, [&](int k) { return from(k).values(row, column); });
       finish<S>(p, plan, rank.at, false, row, column, whole);
     }
   }

@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   rank.mine = most(0, least(rank.own_rows, rank.valid - rank.block * rank.own_rows));
   const uint32_t received = base + Layout::kReceived;
   if (!reads) {
-    const int thread = threadIdx.x - S::kReaders;
-    if (thread < 2 * plan.stages) {
-      // of the keys and of the values of a stage
-      barrier_init(base + Layout::kFull + 8 * thread, S::kLoaders);
-      barrier_init(base + Layout::kEmpty + 8 * thread, 4 * S::kRowGroups);
+    // a warp makes one at a time, so all warps do: of the keys and of the values of a stage
+    const int n = threadIdx.x % 32 * (S::kLoaders / 32) + threadIdx.x / 32 % (S::kLoaders / 32);
+    if (n < 2 * plan.stages) {
+      barrier_init(base + Layout::kFull + 8 * n, S::kLoaders);
+      barrier_init(base + Layout::kEmpty + 8 * n, 4 * S::kRowGroups);
     }
-    if (thread == 0) {
+    if (threadIdx.x == S::kReaders) {
       barrier_init(received, 1);
       barrier_publish();
       barrier_expect(received, (rank.blocks - 1) * rank.mine * S::kRow);
@@ -51,6 +51,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     asm volatile("bar.sync 2, %0;\nbar.arrive 3, %1;\n" ::"n"(S::kLoaders), "n"(S::kThreads) : "memory");
   }
   cluster_arrive();
+  float by_blocks = reciprocal(rank.blocks), by_all = reciprocal(plan.workers_each);
+  asm volatile("" : "+f"(by_blocks), "+f"(by_all));  // now, since lengths will be waited for
 
   wait_for_launch_before();
   const int length[2] = {length_at(p, 0, 0), length_at(p, 0, 1)};
@@ -64,9 +66,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     walk.source_tiles = session.tiles[0].tiles;
     const int old = session.old();
     parts = least(plan.workers_each, most(1, old >> plan.smallest));
-    const Range mine{divide(old * part, parts), divide(old * (part + 1), parts)};
+    const float by = parts == plan.workers_each ? by_all : reciprocal(parts);
+    const Range mine{divide(old * part, parts, by), divide(old * (part + 1), parts, by)};
     walk.fresh = may_be_fresh;
-    walk.old = cut(mine, rank.block, rank.blocks, part == 0);
+    walk.old = cut(mine, rank.block, rank.blocks, by_blocks, part == 0);
     return part < parts;
   };
   char* const stages = memory + Layout::kStages;
