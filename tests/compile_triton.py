@@ -70,7 +70,7 @@ def products_wait(ptx: str) -> bool:
 UNALIGNED = {"T", "S", "H", "HK", "K", "TB", "SB", "heads", "chunks", "sinks", "source_capacity", "target_capacity"}
 UNALIGNED |= {"RC", "KC", "mass_n", "P", "Q", "limit", "width", "threshold", "x_p", "scores_b", "scores_k"}
 UNALIGNED |= {"cos_b", "cos_t", "sin_b", "sin_t", "index_b", "index_k", "count_b", "lse_b", "lse_h"}
-UNALIGNED |= {"size", "parts", "inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
+UNALIGNED |= {"rows_n", "tiles_n", "inner", "outer", "scale", "length_b", "length_r", "role_b", "role_t"}
 
 
 def build(

@@ -256,7 +256,7 @@ def _warm_span_attention(
     from ..ops.span_attention import span_attention as op
 
     ran = 0
-    # many rows over many keys have a tile of their own; dk and dv of few key heads are summed from parts in fp32
+    # many rows over many keys have a tile of their own; dk and dv of few key heads are made in parts
     for H, HK, T, S in ((2, 2, 17, 17), (8448, 1, 16, 16393)):
         sizes = ((H, T), (HK, S), (HK, S))
         rows = (torch.zeros(1, heads, length, D, dtype=dtype, device=place) for heads, length in sizes)

@@ -242,6 +242,26 @@ def test_fp32_gradients_are_refused_with_the_reason():
         forward_and_backward(both, x, backend="triton")
 
 
+@pytest.mark.parametrize("T, S, H, HK, D", [(3, 450, 4, 1, 16), (70, 67, 2, 1, 128), (67, 70, 2, 2, 16)])
+def test_memory_may_hold_anything_before_a_backward(T, S, H, HK, D, monkeypatch):
+    """More tiles of keys than programs of rows; tiles without a mask that end beyond the rows; sums of several programs
+    and of one."""
+    from streamkernels.triton_kernels.device.memory import Memory
+
+    x = make_inputs(Case(1, H, HK, T, S, D, "random", torch.float16, sink_logits=True), DEVICE)
+    everything = torch.tensor([0, S], dtype=torch.int32, device=DEVICE).expand(1, T, 1, 2)
+    x = replace(x, spans=Spans(everything.contiguous()))
+    before = forward_and_backward(both, x, backend="triton")
+
+    def full(self: Memory, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=self.device).fill_(float("nan"))
+
+    monkeypatch.setattr(Memory, "here", lambda self: functools.partial(full, self))
+    again = forward_and_backward(both, x, backend="triton")
+    for name, a, b in zip(NAMES, before, again, strict=False):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.skipif(not GPU, reason="the interpreter is sequential")
 def test_a_hundred_repeats_are_bit_equal():
     x = make_inputs(Case(2, 8, 2, 777, 777, 128, "wait_k", torch.bfloat16), DEVICE)

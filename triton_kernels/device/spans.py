@@ -20,6 +20,13 @@ def padded_rows(T):
 
 
 @triton.jit
+def row_pair(head, t, T):
+    """Where the first of two numbers of row t of a head is stored, in [heads, padded rows / 64, 2, 64]; the second lies
+    PREPARED_BLOCK behind it, a distance known to the compiler."""
+    return head * (2 * padded_rows(T)) + t + t // PREPARED_BLOCK * PREPARED_BLOCK
+
+
+@triton.jit
 def row_span(bounds, t, T, S, slot, N: tl.constexpr):
     """begin, end [BLOCK_T] of one slot, end clipped to S: bounds int32 [T, N, 2] of one sample; rows beyond T are
     empty."""

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import tiles
-from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
+from .backward import dkdv_kernel, dq_kernel
 from .forward import gather_kept_kernel, span_attention_kernel
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 INT32 = ("bounds", "row_blocks", "key_blocks", "sink_key", "kept", "kept_count", "class_sink")
 INT8 = ("listed", "key_class", "row_class", "class_rules")
-FP32 = ("lse", "dlse", "total", "delta", "mass", "sink_gradient", "sink_logits")
+FP32 = ("lse", "dlse", "work", "mass", "sink_gradient", "sink_logits")
 FEATURES: dict[str, dict[str, Any]] = {
     "one slot": {"N": 1},
     "eight slots": {"N": 8},
@@ -23,6 +23,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"SOFTCAP": True},
     "sink logits": {"SINK_LOGITS": True},
     "D=80": {"D": 80},
+    "one part": {"JOIN": False},
 }
 CLASSES: dict[str, dict[str, Any]] = {
     "classes": {"CLASSES": 1},
@@ -38,15 +39,12 @@ def compile_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, str], d
         yield from _kernels(f"D={D} bf16 classes", capability, D, "bf16", CLASSES["classes"])
     if capability != 90:
         return
-    arguments = {"dk_parts": "*fp32", "dv_parts": "*fp32", "dk": "*bf16", "dv": "*bf16", "BLOCK": "constexpr"}
-    signature = {name: arguments.get(name, "i32") for name in join_parts_kernel.arg_names}
     arguments = dict.fromkeys(("k", "v", "kept_k", "kept_v"), "*bf16") | {"kept": "*i32", "kept_count": "*i32"}
     constants = {"D": 128, "BLOCK_K": 32, "BLOCK_D": 128}
     arguments |= dict.fromkeys(constants, "constexpr")
     gather = {name: arguments.get(name, "i32") for name in gather_kept_kernel.arg_names}
     yield from _kernels("long walks", capability, 128, "bf16", {}, long=True)
     yield "gather kept", gather_kept_kernel, gather, constants, {"num_warps": 4}
-    yield "join parts", join_parts_kernel, signature, {"BLOCK": 1024}, {"num_warps": 4}
     # fp32, fp16 and the features once: what they change is the same code everywhere
     for D in (64, 128, 256):
         yield from _kernels(f"D={D} fp32", capability, D, "fp32", {})
@@ -68,27 +66,19 @@ def _kernels(
     name: str, capability: int, D: int, dtype: str, feature: dict[str, Any], long: bool = False
 ) -> Iterator[tuple[Any, ...]]:
     size = 4 if dtype == "fp32" else 2
-    kernels = {
-        "forward": span_attention_kernel,
-        "dq": dq_kernel,
-        "dkdv": dkdv_kernel,
-        "statistics": row_statistics_kernel,
-    }
-    for room, kernel in kernels.items():
+    for room, kernel in zip(tiles.KERNELS, (span_attention_kernel, dq_kernel, dkdv_kernel), strict=True):
         plain = not {"N", "RULES", "SOFTCAP", "CLASSES"} & set(feature) or feature == {"N": 1}
-        choice = tiles.Tile(32, 32, 4, 2)
-        if room in tiles.KERNELS:
-            choice = tiles.tile(room, capability, D, size, plain, "CLASSES" in feature, long)
+        choice = tiles.tile(room, capability, D, size, plain, "CLASSES" in feature, long)
         values = {
             "N": 2, "RULES": 0, "HAS_KEPT": False, "D": D, "SOFTCAP": False, "SINK_LOGITS": False,
-            "CLASSES": 0, "CLASS_SINK": False, "kept_k": None, "kept_v": None,
+            "CLASSES": 0, "CLASS_SINK": False, "JOIN": True, "kept_k": None, "kept_v": None,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "BLOCK_T": choice.block_t, "BLOCK_S": choice.block_s, "BLOCK_D": tiles.block_d(D), **feature,
         }  # fmt: skip
         if "GATHERED" in feature:
             del values["kept_k"], values["kept_v"]
         constexprs = {key: value for key, value in values.items() if key in kernel.arg_names}
-        signature = {n: _type(n, room, dtype, constexprs, choice, D) for n in kernel.arg_names}
+        signature = {n: _type(n, dtype, constexprs, choice, D) for n in kernel.arg_names}
         yield (
             f"{room} {name}",
             kernel,
@@ -98,13 +88,13 @@ def _kernels(
         )
 
 
-def _type(argument: str, room: str, dtype: str, constexprs: dict[str, Any], choice: tiles.Tile, D: int) -> str:
+def _type(argument: str, dtype: str, constexprs: dict[str, Any], choice: tiles.Tile, D: int) -> str:
     if argument in constexprs:
         return "constexpr"
-    if room != "statistics" and argument in ("q", "do", "k", "v", "kept_k", "kept_v"):
+    if argument in ("q", "do", "k", "v", "kept_k", "kept_v"):
         rows = choice.block_t if argument in ("q", "do") else choice.block_s
         return f"tensordesc<{dtype}[1,1,{rows},{tiles.block_d(D)}]>"
-    if argument in ("k_rows", "v_rows", "o", "do", "dq", "dk", "dv"):
+    if argument in ("k_rows", "v_rows", "o", "dq", "dk", "dv"):
         return POINTERS[dtype]
     if argument in INT32:
         return "*i32"

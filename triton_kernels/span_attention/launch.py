@@ -13,13 +13,13 @@ from torch import Tensor
 from ..device.launch import Box, Launch, on_device_of, remembered, signature
 from ..device.memory import Memory, packed
 from . import tiles
-from .backward import dkdv_kernel, dq_kernel, join_parts_kernel, row_statistics_kernel
+from .backward import dkdv_kernel, dq_kernel
 from .forward import gather_kept_kernel, span_attention_kernel
 
 LOG2E = 1.4426950408889634
-# key tiles x heads that keep a GPU busy; below, the query heads of a key head are split over programs and summed
-# afterwards. Each part is written and read once more in fp32: on an H200 the backward of 28 heads on 4 took 217 us at
-# 2048 tokens in 4 parts, 220 in 7 and 260 in 3; at 4096 tokens 651 us in 3 parts, 691 in 4 and 733 in 2
+# key tiles x heads that keep a GPU busy; below, the query heads of a key head are split over programs, and the last of
+# them sums up. Each part is written and read once more in fp32: on an H200 the backward of 28 heads on 4 took 207 us at
+# 2048 tokens in 4 parts, 223 in 7 and 252 in 3; at 4096 tokens 622 us in 3 parts, 704 in 4 and 690 in 2
 ENOUGH_PROGRAMS = 640
 # bytes that programs which run at the same time read: half of an H200's L2. There dk and dv of 28 heads on 4 key heads
 # took 5.5 ms at 16384 tokens and 21.6 at 32768, with a quarter 5.9 and 22.2. A quarter was better for long forwards
@@ -108,7 +108,7 @@ class _Forward(_Plan):
             listed = k.new_empty(self.list_shape)
             boxes += [None, None, *(Box(listed, choice.block_s, columns) for _ in "kv")]
         self.launch = Launch(
-            span_attention_kernel, _row_grid(q, k, choice.block_t, TOGETHER // 2 if long else TOGETHER),
+            span_attention_kernel, _row_grid(B, H, T, k, choice.block_t, TOGETHER // 2 if long else TOGETHER),
             (
                 *_factors(scale, softcap, q.dtype), T, S, H, HK, spans.row_blocks, spans.K, *spans.table,
                 *k.stride()[:3], *v.stride()[:3], *self.o[1][:3],
@@ -150,19 +150,16 @@ def span_attention_backward(
         bounds, row_blocks, key_blocks, *lists = (x if x is None else x.contiguous() for x in given)
     empty, dtype, fp32 = plan.memory.here(), q.dtype, torch.float32
     dq, dk, dv = empty(*plan.as_q, dtype), empty(*plan.as_k, dtype), empty(*plan.as_k, dtype)
-    total, delta = empty(*plan.padded, fp32), empty(*plan.padded, fp32)
-    share = total if sink_logits is None else torch.empty_like(lse)
-    mass = empty(*plan.masses, fp32) if plan.masses else total
-    parts = (dk, dv) if plan.join is None else (empty(*plan.parts, fp32), empty(*plan.parts, fp32))
+    work = empty(*plan.work, fp32)
+    share = work if sink_logits is None else torch.empty_like(lse)
+    mass = empty(*plan.masses, fp32) if plan.masses else work
     logits = lse if sink_logits is None else sink_logits
     seen = [bounds if x is None else x for x in lists]
     with on_device_of(q):
-        plan.statistics(o, do, lse, lse if dlse is None else dlse, logits, total, delta, share)
-        plan.dq(q, k, v, do, k, v, dq, total, delta, mass, bounds, row_blocks, *seen)
+        rows = (o, lse, lse if dlse is None else dlse)
+        plan.dq(q, k, v, do, k, v, *rows, dq, work, share, mass, bounds, row_blocks, *seen, logits)
         seen[1:3] = [seen[1] if plan.listed is None else _listed(*plan.listed, *seen[1:3])]
-        plan.dkdv(q, k, v, do, v, *parts, total, delta, bounds, row_blocks, key_blocks, *seen)
-        if plan.join is not None:
-            plan.join(*parts, dk, dv)
+        plan.dkdv(q, k, v, do, v, dk, dv, work, bounds, row_blocks, key_blocks, *seen)
     for slot, at in plan.sinks:
         _add_to_sink(dv, mass[slot], do, class_sink if at is None else sink_key[:, at])  # type: ignore[index,arg-type]
     return dq, dk, dv, None if sink_logits is None else share.sum((0, 2)).to(sink_logits.dtype)
@@ -181,27 +178,10 @@ class _Backward(_Plan):
         HK, S = k.shape[1:3]
         size, capability, columns = q.element_size(), _capability(q.device), tiles.block_d(D)
         self.as_q, self.as_k = rows_first(B, H, T, D), rows_first(B, HK, S, D)
-        self.padded = packed(B, H, 64 * triton.cdiv(T, 64))
         self.masses = packed(spans.N + 1, B, H, T) if spans.sinks else None
         self.sinks = spans.sinks
         self.listed = (B, HK, S) if spans.has_kept else None
-        self.statistics = Launch(
-            row_statistics_kernel, (B * H, 2 * triton.cdiv(T, 64)),
-            (T, H, *o.stride()[:3], *do.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
-             int(dlse is not None)),
-            D=D, SINK_LOGITS=sink_logits, PRECISION=_precision(q.dtype), BLOCK_T=32, BLOCK_D=columns, num_warps=4,
-        )  # fmt: skip
-        factors = (*_factors(scale, softcap, q.dtype), scale)
-        lengths = (T, S, H, HK, spans.row_blocks)
-        choice = tiles.tile("dq", capability, D, size, classes=spans.has_classes)
-        self.dq = Launch(
-            dq_kernel, _row_grid(q, k, choice.block_t, TOGETHER),
-            (
-                *factors, *lengths, spans.K, *spans.table, *k.stride()[:3], *v.stride()[:3], *self.as_q[1][:3],
-                B * H * T,
-            ),
-            self._boxes(choice, columns, q, k, v, do), **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
-        )  # fmt: skip
+        # dk and dv: the query heads of a key head in parts
         choice = tiles.tile("dkdv", capability, D, size, spans.plain(softcap), classes=spans.has_classes)
         key_tiles = triton.cdiv(S, choice.block_s)
         parts = min(H // HK, max(1, triton.cdiv(ENOUGH_PROGRAMS, key_tiles * HK * B)))
@@ -209,21 +189,34 @@ class _Backward(_Plan):
         parts = triton.cdiv(H // HK, each)
         heads = B * HK * parts
         together = _together(heads, 2 * T * D * size, TOGETHER // 2 if heads >= MANY_HEADS else TOGETHER)
-        self.parts, part = packed(parts, B, S, HK, D), B * HK * S * D
+        # beside the outputs: two numbers of each row; of each tile that is joined a count, and its sums
+        padded = 64 * triton.cdiv(T, 64)
+        rows, joins = 2 * B * H * padded, B * HK * key_tiles if parts > 1 else 0
+        sums = joins * parts * 2 * choice.block_s * columns
+        joins = 64 * triton.cdiv(joins, 64)
+        self.work = packed(rows + joins + sums)
+        factors = (*_factors(scale, softcap, q.dtype), scale)
+        lengths = (T, S, H, HK, spans.row_blocks)
         self.dkdv = Launch(
             dkdv_kernel, (together * key_tiles, heads // together),
             (
-                *factors, *lengths, spans.key_blocks, each, *spans.table, *v.stride()[:3],
-                part, *self.as_k[1][:3],
+                *factors, *lengths, spans.key_blocks, each, *spans.table, *v.stride()[:3], *self.as_k[1][:3],
+                rows, joins,
             ),
-            self._boxes(choice, columns, q, k, v, do), HAS_KEPT=spans.has_kept,
+            self._boxes(choice, columns, q, k, v, do), HAS_KEPT=spans.has_kept, JOIN=parts > 1,
             **_meta(choice, D, spans, softcap, q.dtype, spans.table[0]),
         )  # fmt: skip
-        self.join = None
-        if parts > 1:
-            self.join = Launch(
-                join_parts_kernel, (triton.cdiv(part, 1024), 2), (part, parts), BLOCK=1024, num_warps=4
-            )  # fmt: skip
+        choice = tiles.tile("dq", capability, D, size, classes=spans.has_classes)
+        self.dq = Launch(
+            dq_kernel, _row_grid(B, H, padded, k, choice.block_t, TOGETHER),
+            (
+                *factors, *lengths, spans.K, *spans.table, *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+                *((0, 0, 0) if dlse is None else dlse.stride()), *self.as_q[1][:3], B * H * T, rows, joins,
+                int(dlse is not None),
+            ),
+            self._boxes(choice, columns, q, k, v, do), SINK_LOGITS=sink_logits,
+            **_meta(choice, D, spans, softcap, q.dtype, spans.table[1]),
+        )  # fmt: skip
 
     @staticmethod
     def _boxes(choice: tiles.Tile, columns: int, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Box, ...]:
@@ -273,13 +266,12 @@ def rows_first(B: int, heads: int, rows: int, D: int) -> tuple[tuple[int, ...], 
     return (B, heads, rows, D), (rows * heads * D, D, heads * D, 1)
 
 
-def _row_grid(q: Tensor, k: Tensor, block_t: int, room: int) -> tuple[int, int]:
+def _row_grid(B: int, H: int, rows: int, k: Tensor, block_t: int, room: int) -> tuple[int, int]:
     """(heads that run together * row tiles, groups of such heads): as many key heads as have their keys and values in
     `room` bytes together, with all their query heads."""
-    B, H, T, D = q.shape
-    HK, S = k.shape[1:3]
+    HK, S, D = k.shape[1:]
     together = _together(B * HK, 2 * S * D * k.element_size(), room) * (H // HK)
-    return together * triton.cdiv(T, block_t), B * H // together
+    return together * triton.cdiv(rows, block_t), B * H // together
 
 
 def _together(heads: int, size: int, room: int) -> int:

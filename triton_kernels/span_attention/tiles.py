@@ -84,7 +84,7 @@ TABLE = {
     ("forward", "medium", 256, 2): Tile(64, 16, 8, 1),
     ("dq", "medium", 64, 2): Tile(128, 32, 8, 2),
     ("dq", "medium", 128, 2): Tile(32, 32, 8, 1),
-    ("dq", "medium", 256, 2): Tile(32, 16, 4, 1),
+    ("dq", "medium", 256, 2): Tile(32, 16, 8, 1),
     ("dkdv", "medium", 64, 2): Tile(32, 64, 8, 1),
     ("dkdv", "medium", 128, 2): Tile(32, 64, 8, 1),
     ("dkdv", "medium", 256, 2): Tile(32, 32, 8, 1),
