@@ -276,7 +276,7 @@ def join_parts(dk, dv, dk_acc, dv_acc, to, mask, arrived, sums, part, parts):
 def dkdv_kernel(
     q, k, v, do,  # descriptors over [B, H or HK, T or S, D]
     v_rows,
-    dk, dv,  # [B, HK, S, D]; or both `work`, at dk_at and dv_at a sum for each part, dk_p apart
+    dk, dv,  # [B, HK, S, D]
     work,  # fp32: the same, then `sums` of `join_parts`
     bounds, row_blocks,
     key_blocks,  # int32 [B, SB, 4]
