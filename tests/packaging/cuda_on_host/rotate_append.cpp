@@ -171,7 +171,7 @@ EXPORT void part_of(int begin, int end, int i, int log, bool fresh, int* out) {
 
 // part i of n of [begin, end), beside one more step or not
 EXPORT void cut_of(int begin, int end, int i, int n, bool fresh, int* out) {
-  const auto r = sk::incremental_prefill::cut({begin, end}, i, n, fresh);
+  const auto r = sk::incremental_prefill::cut({begin, end}, i, n, sk::incremental_prefill::reciprocal(n), fresh);
   out[0] = r.begin;
   out[1] = r.end;
 }
