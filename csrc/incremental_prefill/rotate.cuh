@@ -62,6 +62,9 @@ struct Pairs {
     sine.load(p.sine.data, b_ * p.sine.batch + t * p.sine.row + c * 8, p.angles_fp32);
   }
 
+  // BRANCH: by a branch where the compiler would work out both ways and choose; the general kernel has no registers for
+  // that.
+  template <bool BRANCH = false>
   __device__ __forceinline__ void turn(const Params& p, const Place& place) {
     if (!place.turned) return;
     float x[8], y[8], c[8], s[8];
@@ -69,20 +72,25 @@ struct Pairs {
     b.unpack(y);
     cosine.unpack(c, p.angles_fp32);
     sine.unpack(s, p.angles_fp32);
-    if (__builtin_expect(p.interleaved, 0)) {
-      asm volatile("// interleaved\n");  // a branch: ptxas would do both and choose
+    const auto halves = [&](int i) {
+      const Pair pair = rotate_pair(x[i], y[i], c[i], s[i]);
+      x[i] = pair.x, y[i] = pair.y;
+    };
+    const auto neighbours = [&](int i) {
+      float (&z)[8] = i < 4 ? x : y;
+      const Pair pair = rotate_pair(z[2 * i % 8], z[2 * i % 8 + 1], c[i], s[i]);
+      z[2 * i % 8] = pair.x, z[2 * i % 8 + 1] = pair.y;
+    };
+    if (!BRANCH) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float (&z)[8] = i < 4 ? x : y;
-        const Pair pair = rotate_pair(z[2 * i % 8], z[2 * i % 8 + 1], c[i], s[i]);
-        z[2 * i % 8] = pair.x, z[2 * i % 8 + 1] = pair.y;
-      }
+      for (int i = 0; i < 8; ++i) p.interleaved ? neighbours(i) : halves(i);
+    } else if (__builtin_expect(p.interleaved, 0)) {
+      asm volatile("// interleaved\n");
+#pragma unroll
+      for (int i = 0; i < 8; ++i) neighbours(i);
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const Pair pair = rotate_pair(x[i], y[i], c[i], s[i]);
-        x[i] = pair.x, y[i] = pair.y;
-      }
+      for (int i = 0; i < 8; ++i) halves(i);
     }
     a.pack(x);
     b.pack(y);

@@ -36,7 +36,7 @@ struct Queries {
       const Place place(p, i % kPairs);
       uint4 bits[2] = {};
       if (row < valid) {
-        pairs[u].turn(p, place);
+        pairs[u].template turn<true>(p, place);
         bits[0] = with_sign(plan, pairs[u].a.bits), bits[1] = with_sign(plan, pairs[u].b.bits);
       }
       *reinterpret_cast<uint4*>(tile + chunk_at<S::D, S::kRows>(row, place.first / 8)) = bits[0];
@@ -94,7 +94,7 @@ struct NewRows {
                                            char* tile) {
     const int t = round * kRound + thread() / kPairs;
     if (t >= p.T) return;
-    keys[u].turn(p, Place(p, thread() % kPairs));
+    keys[u].template turn<true>(p, Place(p, thread() % kPairs));
     const Segment& s = p.segments[p.segment];
     Element* const to = write ? home(s.k, s.capacity, hk, length + t) : nullptr;
     if (write && to == nullptr && hk == 0 && thread() % kPairs == 0) atomicOr(p.status, 1 << p.segment);
