@@ -21,7 +21,6 @@ SK_HOST_DEVICE constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// a / b for 0 <= a, 0 < b and a quotient below 2^20: a fraction of what an exact division costs. `by_b`: 1 / b.
 SK_HOST_DEVICE float reciprocal(int b) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(1.f, static_cast<float>(b));
@@ -29,6 +28,7 @@ SK_HOST_DEVICE float reciprocal(int b) {
   return 1.f / static_cast<float>(b);
 #endif
 }
+// a / b for 0 <= a, 0 < b and a quotient below 2^20: a fraction of what an exact division costs. `by_b`: reciprocal(b).
 SK_HOST_DEVICE int divide(int a, int b, float by_b) {
 #if defined(__CUDA_ARCH__)
   int q = static_cast<int>(static_cast<float>(a) * by_b);

@@ -59,6 +59,18 @@ __device__ __forceinline__ int cluster_index() {
   return n;
 }
 
+// Barriers of a block, by threads of which kind they are met.
+constexpr int kReadersMeet = 1, kLoadersMeet = 2, kLoadersReady = 3;
+template <int BARRIER, int THREADS>
+__device__ __forceinline__ void meet() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(BARRIER), "n"(THREADS) : "memory");
+}
+// Is counted there, and goes on.
+template <int BARRIER, int THREADS>
+__device__ __forceinline__ void tell() {
+  asm volatile("bar.arrive %0, %1;\n" ::"n"(BARRIER), "n"(THREADS) : "memory");
+}
+
 // The two halves of a cluster's barrier: barriers that were published before the one are seen behind the other.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");

@@ -34,7 +34,7 @@ __device__ __forceinline__ void join_half(State<S>& state, const Rank& rank, cha
     }
     own[kHalf * 128] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
   }
-  asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
+  meet<kReadersMeet, S::kReaders>();
   if (!valid) return;
   const float4 ml = others[kHalf * 128];
   const float m[2] = {ml.x, ml.y}, l[2] = {ml.z, ml.w};
@@ -143,16 +143,16 @@ __device__ __forceinline__ uint32_t shares_of_block(uint32_t* counter, int parts
 // Each lane weighs a part, all add up what they say. `statistics(i)` -> (m, l) of part i, `values(i)` -> its o.
 template <int TEAM, typename Statistics, typename Values>
 __device__ __forceinline__ Part join_as_team(int sources, Statistics statistics, Values values) {
-  const int lane = threadIdx.x % kMostBlocks;
+  const int lane = threadIdx.x % kPlainCluster;
   const uint32_t team = TEAM == 32 ? ~0u : 0xffffu << threadIdx.x % 32 / TEAM * TEAM;
   const float2 ml = lane < sources ? statistics(lane) : make_float2(-INFINITY, 0.f);
   Part part{ml.x, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
 #pragma unroll
-  for (int n = kMostBlocks / 2; n > 0; n /= 2) part.m = fmaxf(part.m, __shfl_xor_sync(team, part.m, n));
+  for (int n = kPlainCluster / 2; n > 0; n /= 2) part.m = fmaxf(part.m, __shfl_xor_sync(team, part.m, n));
   const float weight = exp2_fast(ml.x - (part.m == -INFINITY ? 0.f : part.m));
   part.l = weight * ml.y;
 #pragma unroll
-  for (int n = kMostBlocks / 2; n > 0; n /= 2) part.l += __shfl_xor_sync(team, part.l, n);
+  for (int n = kPlainCluster / 2; n > 0; n /= 2) part.l += __shfl_xor_sync(team, part.l, n);
 #pragma unroll 4
   for (int i = 0; i < sources; ++i) {
     const float w = __shfl_sync(team, weight, i, TEAM);
@@ -202,7 +202,7 @@ __device__ __forceinline__ void join(const Params& p, const Plan& plan, const Ra
     }
   }
   if (parts == 1) return;
-  uint32_t* counter = p.counters + rank.item * kMostBlocks + rank.block;
+  uint32_t* counter = p.counters + rank.item * kPlainCluster + rank.block;
   const int shares = shares_of(rank.mine, parts), rows = divide(rank.mine + shares - 1, shares);
   uint32_t own = shares_of_block(counter, parts, shares, plan.patience, flag);
 #pragma unroll 1

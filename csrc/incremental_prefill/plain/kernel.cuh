@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       barrier_expect(received, (rank.blocks - 1) * rank.mine * S::kRow);
     }
     // loaders go on when loaders are here, readers when all are
-    asm volatile("bar.sync 2, %0;\nbar.arrive 3, %1;\n" ::"n"(S::kLoaders), "n"(S::kThreads) : "memory");
+    meet<kLoadersMeet, S::kLoaders>();
+    tell<kLoadersReady, S::kThreads>();
   }
   cluster_arrive();
   float by_blocks = reciprocal(rank.blocks), by_all = reciprocal(plan.workers_each);
@@ -76,21 +77,21 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (reads) {
     Queries<S> queries;
     queries.fetch(p, plan, rank.at, rank.valid);
-    asm volatile("bar.sync 3, %0;\n" ::"n"(S::kThreads) : "memory");
+    meet<kLoadersReady, S::kThreads>();
     if (!plan_walk()) return;
     queries.put(p, plan, rank.valid, memory + Layout::kQueries);
     publish();
-    asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
+    meet<kReadersMeet, S::kReaders>();
     State<S> state;
     state.clear();
     Attention<S>{p, plan, walk, rank, base, state}.run();
     // all are done with the tiles
-    asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
+    meet<kReadersMeet, S::kReaders>();
     char* const parked = stages + S::kExchange;
     if constexpr (S::kKeyGroups > 1) join_groups<S>(state, rank, stages);
     park<S>(state, rank, parked);
     publish();
-    asm volatile("bar.sync 1, %0;\n" ::"n"(S::kReaders) : "memory");
+    meet<kReadersMeet, S::kReaders>();
     cluster_wait();
     send<S>(rank, parked, memory + plan.inbox, received);
   } else {

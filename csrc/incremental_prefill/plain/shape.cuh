@@ -6,7 +6,7 @@
 
 namespace sk::incremental_prefill {
 
-constexpr int kMostStages = 12, kMostBlocks = 16;  // key tiles in shared memory; blocks of a cluster
+constexpr int kMostStages = 12;  // key tiles in shared memory
 
 // READERS warpgroups attend and one loads. ROW_GROUPS: how many of them share out the rows, 64 each; what is left of
 // them shares out the keys, tile by tile.

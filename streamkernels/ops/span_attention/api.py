@@ -77,8 +77,7 @@ def span_attention(
         look = _look_of(q, k, v, given, sink_logits, prepared, scale, softcap, backend)
         if (known := _known.get(look)) is not None:
             own_rules, *outcome = known
-            given = SpanTensors(given[0], own_rules, *given[2:])
-            o, lse = _attend(q, k, v, given, sink_logits, prepared or (None, None), *outcome)
+            o, lse = _attend(q, k, v, given._replace(rules=own_rules), sink_logits, prepared or (None, None), *outcome)
             return (o, lse) if return_lse else o
     shapes = Shapes(OP)
     shapes.tensor("q", q, "B H T D", dtype=FLOATS, unit_last_stride=True)
