@@ -329,6 +329,25 @@ def test_prefill_cuts_a_range_for_any_number_of_blocks(native: ctypes.CDLL) -> N
             assert max(sizes) - min(sizes) <= 1
 
 
+def test_prefill_shares_out_rows_among_blocks_that_may_come_late(native: ctypes.CDLL) -> None:
+    """Every share is taken once and the counter is zero again, whoever waits or leaves; who waits long enough for
+    blocks that do run takes one share, and the last block all that were left."""
+    native.share_out.restype = ctypes.c_int64
+    cases = itertools.product((1, 2, 3, 8, 17, 66), (1, 2, 3, 8), (0, 3, 40, 10**4), (0, 1, 2), range(10))
+    seen = set()
+    for parts, shares, patience, late, seed in cases:
+        if shares > parts or late >= parts or (late and patience == 10**4):
+            continue
+        taken = (ctypes.c_uint32 * parts)()
+        assert native.share_out(parts, shares, patience, late, seed, taken) == 0
+        assert sum(taken) == 2**shares - 1 and all(a & b == 0 for a, b in itertools.combinations(taken, 2))
+        takers = sum(own > 0 for own in taken)
+        if patience == 10**4:
+            assert takers == shares
+        seen.add((shares, takers))
+    assert {takers for shares, takers in seen if shares == 8} >= {1, 4, 8}
+
+
 def test_prefill_plans_plain_sessions_alike(native: ctypes.CDLL) -> None:
     """The short way for one session whose rows see all before them finds what the long way finds."""
     short, long = (ctypes.c_int * 17)(), (ctypes.c_int * 17)()

@@ -6,6 +6,7 @@
 #include "incremental_prefill/plain/barrier.cuh"
 #include "incremental_prefill/plain/config.h"
 #include "incremental_prefill/plain/shape.cuh"
+#include "incremental_prefill/plain/shares.cuh"
 
 namespace sk::incremental_prefill {
 
@@ -102,41 +103,6 @@ __device__ __forceinline__ void send(const Rank& rank, const char* parked, char*
   const auto* from = reinterpret_cast<const uint4*>(parked + place);
   auto* to = reinterpret_cast<uint4*>(inbox + place);
   for (int i = threadIdx.x; i < rank.mine * (S::kRow / 16); i += S::kReaders) to[i] = from[i];
-}
-
-// Which shares of its rows the block joins, a bit each, when `parts` clusters have written theirs down: each of the
-// last `shares` blocks to count themselves in takes one. Who is early waits for the last one, but no longer than
-// `patience` cycles, since that one may not be running; who leaves says so, and the last one takes its share.
-// `counter`: how many have arrived, then a bit for each share that was left; zero for the next launch.
-__device__ __forceinline__ uint32_t shares_of_block(uint32_t* counter, int parts, int shares, int patience,
-                                                    uint32_t* flag) {
-  constexpr uint32_t kCount = 0xffff, kLeft = 16;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint32_t before = count_in(counter);
-    const uint32_t arrived = (before & kCount) + 1;
-    const int share = static_cast<int>(arrived) - 1 - (parts - shares);
-    uint32_t own = share < 0 ? 0 : 1u << share;
-    if (static_cast<int>(arrived) == parts) {
-      // an addition, which hands on what the others released
-      atomicAdd(counter, 0u - (before + 1));
-      own |= before >> kLeft;
-    } else if (share >= 0) {
-      const long long begin = clock64();
-      for (;;) {
-        const uint32_t now = look_at(counter), count = now & kCount;
-        if (static_cast<int>(count) == parts || count < arrived) break;
-        if (clock64() - begin < patience) continue;
-        if (atomicCAS(counter, now, now | own << kLeft) == now) {
-          own = 0;
-          break;
-        }
-      }
-    }
-    *flag = own;
-  }
-  __syncthreads();
-  return *flag;
 }
 
 // Four columns of one row from `sources` parts of it, 16 at most; the TEAM lanes of a team, 16 or 32, have one row.
