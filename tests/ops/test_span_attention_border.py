@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import streamkernels as sk
 from streamkernels import Spans, prepare, span_attention, spans
@@ -17,6 +16,7 @@ from streamkernels.core.spans import ATTEND, KEPT, MASS, SINK
 from streamkernels.reference import attend_rows as rows
 from streamkernels.reference import span_attention as reference
 from streamkernels.testing.cases import Case
+from streamkernels.testing.checkpointing import assert_attention_is_saved
 from streamkernels.testing.inputs import Inputs, make_inputs
 
 OP = torch.ops.streamkernels.span_attention.default
@@ -94,34 +94,7 @@ def test_compiles_with_every_option():
 
 
 def test_selective_checkpointing_saves_the_attention():
-    calls = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append(func)
-            return func(*args, **(kwargs or {}))
-
-    def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op is OP else CheckpointPolicy.PREFER_RECOMPUTE
-
-    x = make_inputs(Case(2, 4, 2, 17, 17, 8, "wait_k"))
-
-    def block(q, k, v):
-        return span_attention(q.sin(), k.cos(), v, x.spans).sin()
-
-    context = functools.partial(create_selective_checkpoint_contexts, policy)
-    grads, sines = [], []
-    for run in (block, lambda *a: checkpoint(block, *a, use_reentrant=False, context_fn=context)):
-        leaves = x.leaves()
-        calls.clear()
-        with Count():
-            run(*leaves).sum().backward()
-        grads.append([leaf.grad for leaf in leaves])
-        assert calls.count(OP) == 1 and calls.count(BACKWARD) == 1
-        sines.append(calls.count(torch.ops.aten.sin.default))
-    # one of the two sines of the forward is computed again, the attention is not
-    assert sines[1] == sines[0] + 1
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert_attention_is_saved(make_inputs(Case(2, 4, 2, 17, 17, 8, "wait_k")))
 
 
 def test_autocast_changes_no_precision_and_mixed_dtypes_are_refused():

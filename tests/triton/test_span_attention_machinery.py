@@ -5,20 +5,18 @@ Without one, tests/ops has the dispatcher, and the interpreter has no part in th
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import streamkernels as sk
 from streamkernels import prepare, span_attention
 from streamkernels.reference.span_attention import SpanTensors
 from streamkernels.testing.cases import Case
+from streamkernels.testing.checkpointing import assert_attention_is_saved
 from streamkernels.testing.gradients import forward_and_backward
 from streamkernels.testing.inputs import Inputs, make_inputs, random_spans
 
@@ -82,31 +80,8 @@ def test_compiles_once_for_all_lengths(compiler):
 
 
 def test_selective_checkpointing_saves_the_attention():
-    calls = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append(func)
-            return func(*args, **(kwargs or {}))
-
-    def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op is OP else CheckpointPolicy.PREFER_RECOMPUTE
-
     x = make_inputs(Case(2, 4, 2, 63, 63, 64, "wait_k", torch.bfloat16), DEVICE)
-
-    def block(q, k, v):
-        return span_attention(q.sin(), k.cos(), v, x.spans, backend="triton").sin()
-
-    context = functools.partial(create_selective_checkpoint_contexts, policy)
-    grads = []
-    for run in (block, lambda *a: checkpoint(block, *a, use_reentrant=False, context_fn=context)):
-        leaves = x.leaves()
-        calls.clear()
-        with Count():
-            run(*leaves).sum().backward()
-        grads.append([leaf.grad for leaf in leaves])
-        assert calls.count(OP) == 1 and calls.count(BACKWARD) == 1
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert_attention_is_saved(x, backend="triton")
 
 
 def test_after_warmup_no_length_compiles_anything(monkeypatch):
