@@ -10,20 +10,6 @@
 
 namespace sk::incremental_prefill {
 
-// A thread's part: rows lane / 4 and + 8, columns 2 (lane % 4) and + 1 of every eight.
-template <class S>
-struct State {
-  float o[S::D / 8][4];
-  float m[2], l[2];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < S::D / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
-    m[0] = m[1] = -INFINITY;
-    l[0] = l[1] = 0.f;
-  }
-};
-
 // Where this lane's fragments of q, k and v begin.
 template <class S>
 struct Fragments {
@@ -51,23 +37,6 @@ struct Fragments {
   }
 };
 
-// Begins s = q k^T and o += p v of a warpgroup; q, k, v as descriptors have them (low_word).
-template <class S, int KEYS>
-__device__ __forceinline__ void begin_scores(float (&s)[KEYS / 8][4], uint32_t q, uint32_t k) {
-#pragma unroll
-  for (int i = 0; i < S::D / 16; ++i) {
-    Product<typename S::Element, KEYS, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
-                                                   describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
-  }
-}
-template <class S, int KEYS>
-__device__ __forceinline__ void begin_values(State<S>& state, const uint32_t (&p)[KEYS / 16][4], uint32_t v) {
-#pragma unroll
-  for (int n = 0; n < KEYS / 16; ++n) {
-    Product<typename S::Element, S::D, true>::run(state.o, p[n], describe(v, n * 16 * 128), true);
-  }
-}
-
 // s = q k^T for the warp's keys of the tile at `keys`.
 template <class S>
 __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], const Fragments<S>& f, uint32_t keys) {
@@ -91,8 +60,8 @@ __device__ __forceinline__ void make_scores(float (&s)[S::kWarpKeys / 8][4], con
       for (int n = 0; n < S::kWarpKeys / 16; ++n) {
         uint32_t k[4];
         load_matrices(k, f.k.at(keys, i, n));
-        multiply_add(typename S::Element{}, s[2 * n], a, k[0], k[1]);
-        multiply_add(typename S::Element{}, s[2 * n + 1], a, k[2], k[3]);
+        multiply_add<typename S::Element>(s[2 * n], a, k[0], k[1]);
+        multiply_add<typename S::Element>(s[2 * n + 1], a, k[2], k[3]);
       }
     }
   }
@@ -113,8 +82,8 @@ __device__ __forceinline__ void add_values(State<S>& state, const Fragments<S>& 
       for (int i = 0; i < S::D / 16; ++i) {
         uint32_t v[4];
         load_matrices_transposed(v, f.v.at(values, i, n));
-        multiply_add(typename S::Element{}, state.o[2 * i], p[n], v[0], v[1]);
-        multiply_add(typename S::Element{}, state.o[2 * i + 1], p[n], v[2], v[3]);
+        multiply_add<typename S::Element>(state.o[2 * i], p[n], v[0], v[1]);
+        multiply_add<typename S::Element>(state.o[2 * i + 1], p[n], v[2], v[3]);
       }
     }
   }
@@ -129,70 +98,6 @@ __device__ __forceinline__ void cap_scores(float (&s)[S::kWarpKeys / 8][4], floa
   for (int n = 0; n < S::kWarpKeys / 8; ++n) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) s[n][j] = outer - __fdividef(2.f * outer, 1.f + exp2_fast(s[n][j] * twice));
-  }
-}
-
-// Weights may grow to 2^kSlack before o and l are rescaled: maxima rise often, but rarely by much.
-constexpr float kSlack = 8.f;
-
-// Raises the maxima to those of new scores, where they must be raised; then true, and what o must be multiplied by.
-template <class S>
-__device__ __forceinline__ bool raise(State<S>& state, const float (&s)[S::kWarpKeys / 8][4], float scale,
-                                      float (&alpha)[2], float slack = kSlack) {
-  float top[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float half[2];  // two chains take half the time of one
-#pragma unroll
-    for (int n = 0; n < S::kWarpKeys / 8; ++n) {
-      const float both = fmaxf(s[n][2 * i], s[n][2 * i + 1]);
-      half[n % 2] = n < 2 ? both : fmaxf(half[n % 2], both);
-    }
-    top[i] = fmaxf(half[0], half[1]);
-    top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
-    top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2)) * scale;
-  }
-  const bool must[2] = {top[0] > state.m[0] + slack, top[1] > state.m[1] + slack};
-  if (!__any_sync(~0u, must[0] || must[1])) return false;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    alpha[i] = 1.f;
-    if (!must[i]) continue;
-    alpha[i] = exp2_fast(state.m[i] - top[i]);
-    state.m[i] = top[i];
-    state.l[i] *= alpha[i];
-  }
-  return true;
-}
-template <class S>
-__device__ __forceinline__ void rescale(State<S>& state, const float (&alpha)[2]) {
-#pragma unroll
-  for (int i = 0; i < S::D / 8; ++i) {
-    state.o[i][0] *= alpha[0], state.o[i][1] *= alpha[0];
-    state.o[i][2] *= alpha[1], state.o[i][3] *= alpha[1];
-  }
-}
-
-// Turns scores into weights, and adds them to l.
-template <class S>
-__device__ __forceinline__ void weigh(State<S>& state, float (&s)[S::kWarpKeys / 8][4], float scale) {
-  const float shift[2] = {state.m[0] == -INFINITY ? 0.f : state.m[0], state.m[1] == -INFINITY ? 0.f : state.m[1]};
-#pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) s[n][j] = exp2_fast(fmaf(s[n][j], scale, -shift[j / 2]));
-    state.l[0] += s[n][0] + s[n][1];
-    state.l[1] += s[n][2] + s[n][3];
-  }
-}
-// Weights as a product's left side.
-template <class S>
-__device__ __forceinline__ void pack_weights(const float (&w)[S::kWarpKeys / 8][4],
-                                             uint32_t (&p)[S::kWarpKeys / 16][4]) {
-#pragma unroll
-  for (int n = 0; n < S::kWarpKeys / 8; ++n) {
-    p[n / 2][n % 2 * 2] = pack(typename S::Element{}, w[n][0], w[n][1]);
-    p[n / 2][n % 2 * 2 + 1] = pack(typename S::Element{}, w[n][2], w[n][3]);
   }
 }
 

@@ -8,9 +8,9 @@
 
 #include "incremental_prefill/cluster.cuh"
 #include "incremental_prefill/instance.h"
-#include "incremental_prefill/mma.cuh"
 #include "incremental_prefill/params.h"
 #include "incremental_prefill/rows.cuh"
+#include "streamkernels/mma.cuh"
 
 namespace sk::incremental_prefill {
 
@@ -81,8 +81,8 @@ __device__ __forceinline__ void finish(const Params& p, const Plan& plan, const 
     gate = __fdividef(gate, 1.f + __expf(logit - lse));
   }
   const int64_t row_at = (int64_t{to.b} * p.T + t) * p.H + h;
-  const uint2 packed = {pack(Element{}, part.o.x * gate, part.o.y * gate),
-                        pack(Element{}, part.o.z * gate, part.o.w * gate)};
+  const uint2 packed = {pack<Element>(part.o.x * gate, part.o.y * gate),
+                        pack<Element>(part.o.z * gate, part.o.w * gate)};
   *reinterpret_cast<uint2*>(static_cast<Element*>(p.o) + row_at * S::D + column) = packed;
   if (column == 0) p.lse[(int64_t{to.b} * p.H + h) * p.T + t] = lse;
 }

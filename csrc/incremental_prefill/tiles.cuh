@@ -6,10 +6,10 @@
 
 #include <cstdint>
 
-#include "incremental_prefill/mma.cuh"
 #include "incremental_prefill/plan.h"
-#include "incremental_prefill/wgmma.cuh"
+#include "streamkernels/mma.cuh"
 #include "streamkernels/slots.cuh"
+#include "streamkernels/wgmma.cuh"
 
 namespace sk::incremental_prefill {
 

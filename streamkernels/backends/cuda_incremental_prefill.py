@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _ext
 from ..triton_kernels.device.memory import Memory, packed
+from .room import Held
 from .tensors import DTYPES, reader, stream_of
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Plan:
         key = (self.index, stream, self.capture_id(stream))
         room = _held.get(key)
         if room is None or not room.holds(*self.needs):
-            room = _held[key] = _room(key, self.device, *self.needs)
+            room = _held.keep(key, _room(room, self.device, *self.needs))
         empty = self.memory.here()
         o = empty(*self.o, self.dtype)
         lse = empty(*self.lse, torch.float32) if with_lse else room.lse
@@ -168,17 +169,11 @@ class Room(NamedTuple):
         return counters <= sizes[0] and partials <= sizes[1] and rows <= sizes[2]
 
 
-# per (device, stream, capture), so that no other launch can be using it: one per stream, and one per stream of a graph
-# capture, zeroed by the graph itself, since a graph may run beside anything
-_held: dict[tuple[int, int, int], Room] = {}
+_held: Held[Room] = Held()
 
 
-def _room(key: tuple[int, int, int], device: torch.device, counters: int, partials: int, rows: int) -> Room:
-    """Room for that much, and for what calls with this key needed before."""
-    before = _held.get(key)
-    for other in [other for other in _held if other[:2] == key[:2] and other[2] not in (0, key[2])]:
-        # of a capture that has ended: its graph keeps the memory
-        del _held[other]
+def _room(before: Room | None, device: torch.device, counters: int, partials: int, rows: int) -> Room:
+    """Room for that much, and for what was needed before."""
     # powers of two: growing costs a fill
     sizes = (max(1024, 1 << (counters - 1).bit_length()), partials, max(1024, 1 << (rows - 1).bit_length()))
     if before is not None:

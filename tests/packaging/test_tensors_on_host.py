@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamkernels import SOURCE, TARGET, StreamCache, _ext, incremental_prefill
 from streamkernels.backends import cuda_incremental_prefill, tensors
+from streamkernels.backends.room import Held
 from streamkernels.ops.incremental_prefill import api
 from streamkernels.ops.known import Known, look_of
 
@@ -83,7 +84,7 @@ def host(extension: ModuleType, library: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_ext, "_find", lambda: (extension, ""))
     monkeypatch.setattr(api, "choose", lambda call, backend: "cuda")
     monkeypatch.setattr(api, "_known", Known())
-    monkeypatch.setattr(cuda_incremental_prefill, "_held", {})
+    monkeypatch.setattr(cuda_incremental_prefill, "_held", Held())
     monkeypatch.setattr(cuda_incremental_prefill, "stream_of", lambda device: it.stream)
     init = cuda_incremental_prefill.Plan.__init__
 
@@ -302,7 +303,7 @@ def test_room_grows(host: Host) -> None:
     first = host.last()
     incremental_prefill(*chunk(batch=300), large, 0, role=TARGET)
     assert host.last().lse != first.lse
-    held = next(iter(cuda_incremental_prefill._held.values()))
+    held = next(iter(cuda_incremental_prefill._held.things.values()))
     assert held.lse.numel() >= 300 * H * T and held.holds(1, 1, 300 * H * T)
 
 

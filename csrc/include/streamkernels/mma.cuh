@@ -50,13 +50,19 @@ __device__ __forceinline__ void multiply_add<BFloat16>(float (&sum)[4], const ui
 
 // two neighbouring numbers in one register, the first in the lower half
 template <typename Element>
-__device__ __forceinline__ uint32_t pack(float first, float second) {
-  Element x[2];
-  from_float(first, x[0]);
-  from_float(second, x[1]);
-  uint32_t bits;
-  memcpy(&bits, x, sizeof(bits));
-  return bits;
+__device__ __forceinline__ uint32_t pack(float first, float second);
+
+template <>
+__device__ __forceinline__ uint32_t pack<BFloat16>(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<Float16>(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
 }
 template <typename Element>
 __device__ __forceinline__ void unpack(uint32_t bits, float& first, float& second) {

@@ -23,6 +23,18 @@ inline Factors make_factors(double scale, double softcap) {
 
 #if defined(__CUDACC__)
 
+// 2^x; 0 for -inf
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // tanh from one power, exact to a few ulp of 1: tanh.approx has 11 bits
 __device__ __forceinline__ float tanh_of(float x) {
   const float e = __expf(-2.0f * fabsf(x));

@@ -105,8 +105,8 @@ struct Attention {
 #pragma unroll
       for (int j = 0; j < 4; ++j) x[j] = exp2_fast(fmaf(s[n][j], plan.scale, -state.m[j / 2]));
       sum[0] += x[0] + x[1], sum[1] += x[2] + x[3];
-      w[n / 2][n % 2 * 2] = pack(Element{}, x[0], x[1]);
-      w[n / 2][n % 2 * 2 + 1] = pack(Element{}, x[2], x[3]);
+      w[n / 2][n % 2 * 2] = pack<Element>(x[0], x[1]);
+      w[n / 2][n % 2 * 2 + 1] = pack<Element>(x[2], x[3]);
     }
     // NaN is not below anything: of a row that has seen nothing yet, or of what it sees
     if (__any_sync(~0u, !(sum[0] + sum[1] <= kMostSum))) return false;

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "incremental_prefill/mma.cuh"
+#include "streamkernels/rows_softmax.cuh"
 
 // sm_90a only
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(SK_NO_WGMMA)
@@ -13,12 +13,13 @@
 #define SK_WGMMA 0
 #endif
 
-namespace sk::incremental_prefill {
+namespace sk {
 
 #if SK_WGMMA
 
-// A matrix in panels of 64 columns as tiles.cuh lays them out (128-byte swizzle), eight rows 1024 bytes apart: the low
-// word is its shared address, and the bytes between panels for products that run along the rows, in units of 16 bytes.
+// A matrix in panels of 64 columns, where row r keeps its 16-byte chunk c at place c ^ (r % 8), eight rows 1024 bytes
+// apart: the low word is its shared address, and the bytes between panels for products that run along the rows, in
+// units of 16 bytes.
 __device__ __forceinline__ uint32_t low_word(uint32_t from, uint32_t between) {
   // In a cluster, addresses have the block's rank above bit 24. One value for the warp: it may stay where products want
   // it.
@@ -76,6 +77,26 @@ struct Product<BFloat16, 64, false> {
         "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
         "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
         "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  }
+};
+template <>
+struct Product<BFloat16, 128, false> {
+  static __device__ __forceinline__ void run(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
+      "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
+      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}\n "
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
+        "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
+        "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
+        "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
+        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
   }
 };
@@ -175,6 +196,26 @@ struct Product<Float16, 64, false> {
   }
 };
 template <>
+struct Product<Float16, 128, false> {
+  static __device__ __forceinline__ void run(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
+      "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
+      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}\n "
+      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
+        "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
+        "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
+        "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
+        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  }
+};
+template <>
 struct Product<Float16, 64, true> {
   static __device__ __forceinline__ void run(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
     asm volatile(
@@ -257,4 +298,21 @@ __device__ void publish();
 
 #endif
 
-}  // namespace sk::incremental_prefill
+// Begins s = q k^T and o += p v of a warpgroup; q, k, v as descriptors have them (low_word).
+template <class S, int KEYS>
+__device__ __forceinline__ void begin_scores(float (&s)[KEYS / 8][4], uint32_t q, uint32_t k) {
+#pragma unroll
+  for (int i = 0; i < S::D / 16; ++i) {
+    Product<typename S::Element, KEYS, false>::run(s, describe(q, i / 4 * S::kRows * 128 + i % 4 * 32),
+                                                   describe(k, i / 4 * S::kKeys * 128 + i % 4 * 32), i > 0);
+  }
+}
+template <class S, int KEYS>
+__device__ __forceinline__ void begin_values(State<S>& state, const uint32_t (&p)[KEYS / 16][4], uint32_t v) {
+#pragma unroll
+  for (int n = 0; n < KEYS / 16; ++n) {
+    Product<typename S::Element, S::D, true>::run(state.o, p[n], describe(v, n * 16 * 128), true);
+  }
+}
+
+}  // namespace sk
