@@ -117,6 +117,7 @@ void preload_pruned(int device) {
   sk::compact::preload(device);
   sk::rotate::preload(device);
   sk::span_attention::preload(device);
+  sk::span_attention::hopper::preload(device);
 }
 
 // streamkernels.CudaError lives in Python, so that it can be named without this module

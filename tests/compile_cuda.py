@@ -4,8 +4,8 @@
     python tests/compile_cuda.py --built streamkernels/_C.*.so        the same of what is built already, in a second
 
 Prints registers, shared memory, stack and spills per kernel. Exit status 1 when a file does not compile, when a kernel
-spills registers or uses a stack frame, or when no kernel was found. nvcc is $CUDACXX, else the one on PATH; cuobjdump
-lies on PATH, beside nvcc, or in the triton package.
+spills registers, uses a stack frame or has its asynchronous products serialised, or when no kernel was found. nvcc is
+$CUDACXX, else the one on PATH; cuobjdump lies on PATH, beside nvcc, or in the triton package.
 """
 
 from __future__ import annotations
@@ -154,6 +154,11 @@ def main() -> int:
             for r in parse(log):
                 kernels += 1
                 failures += show(r)
+            for line in log.splitlines():
+                # C7510 and the like: ptxas makes products of a warpgroup wait for each other
+                if "wgmma" in line and "serialized" in line:
+                    failures += 1
+                    print(f"  {line}   <-- FAILS")
     print(f"compile_cuda: {kernels} kernels in {len(sources)} files for sm_{', sm_'.join(archs)}, {failures} failures")
     return 1 if failures or not kernels else 0
 

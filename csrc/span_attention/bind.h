@@ -1,6 +1,7 @@
 // span_attention at the border to Python.
 #pragma once
 
+#include "span_attention/hopper/params.h"
 #include "span_attention/params.h"
 #include "streamkernels/border.h"
 
@@ -82,6 +83,21 @@ inline void bind(pybind11::module_& m) {
       "q"_a, "k"_a, "v"_a, "o"_a, "lse"_a, "bounds"_a, "sink_key"_a, "kept"_a, "kept_count"_a, "sink_logits"_a,
       "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
       "dtype"_a, "device"_a, "room"_a, "splits"_a, "stream"_a);
+  m.def("span_attention_many_here", &hopper::here, "device"_a);
+  m.def(
+      "span_attention_many",
+      [](Rows q, Rows k, Rows v, uintptr_t o, uintptr_t lse, uintptr_t bounds, Table sink_key, Rows kept,
+         Table kept_count, uintptr_t sink_logits, bool sink_logits_fp32, int B, int H, int HK, int T, int S, int D,
+         int N, int K, const pybind11::tuple& rules, double scale, double softcap, int dtype, int device,
+         uintptr_t tickets, uintptr_t stream) {
+        const Params p = params_of(q, k, v, o, lse, bounds, sink_key, kept, kept_count, sink_logits, sink_logits_fp32,
+                                   B, H, HK, T, S, D, N, K, rules, scale, softcap, dtype);
+        border::require(tickets, "span_attention: tickets: expected no null pointer");
+        hopper::launch(p, static_cast<int*>(border::address(tickets)), static_cast<DType>(dtype), device, stream);
+      },
+      "q"_a, "k"_a, "v"_a, "o"_a, "lse"_a, "bounds"_a, "sink_key"_a, "kept"_a, "kept_count"_a, "sink_logits"_a,
+      "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
+      "dtype"_a, "device"_a, "tickets"_a, "stream"_a);
 }
 
 }  // namespace sk::span_attention

@@ -1,7 +1,8 @@
-"""The CUDA kernel of span_attention for few query rows, from tensors to pointers."""
+"""The CUDA kernels of span_attention, for few query rows and for many on Hopper, from tensors to pointers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import _ext
+from . import triton
+from .room import Held
 from .tensors import DTYPES, NO_ROWS, NO_TABLE, first_strides, rows_of, stream_of
 
 if TYPE_CHECKING:
@@ -16,6 +19,12 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 64
 HEAD_DIMS = (64, 96, 128, 256)
+# the kernel for more rows
+MANY_HEAD_DIMS, MANY_SLOTS = (64, 128), 2
+OPTIONS_OF_FEW = ("softcap", "mass", "sink", "kept")
+
+# what the blocks of a launch draw their work by: two ints, zero between launches
+_tickets: Held[Tensor] = Held()
 
 
 def span_attention(
@@ -37,14 +46,16 @@ def span_attention(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """o [B, H, T, D] stored [B, T, H, D] and lse fp32 [B, H, T]: one launch, and one to join the splits."""
+    """o [B, H, T, D] stored [B, T, H, D] and lse fp32 [B, H, T]: one launch, and one more to join splits."""
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
     device = q.device
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=device)
+    if T > MOST_ROWS and S == 0:
+        return o.zero_().transpose(1, 2), lse.fill_(-math.inf)
     if B * H * T:
-        q, k, v, bounds = _on_borders(q), _on_borders(k), _on_borders(v), bounds.contiguous()
+        (q, k, v), bounds = map(_for_maps if T > MOST_ROWS else _on_borders, (q, k, v)), bounds.contiguous()
         sinks = (0, False) if sink_logits is None else (sink_logits.data_ptr(), sink_logits.dtype == torch.float32)
         arguments = (
             rows_of(q), rows_of(k), rows_of(v), o.data_ptr(), lse.data_ptr(), bounds.data_ptr(),
@@ -53,13 +64,20 @@ def span_attention(
             B, H, HK, T, S, D, bounds.shape[2], 0 if kept is None else kept.shape[2], tuple(rules), scale, softcap,
             DTYPES[q.dtype], device.index,
         )  # fmt: skip
-        module = _ext.load()
-        splits = module.span_attention_splits(*arguments)
-        room = None
-        if splits > 1:
-            # sums and (top, sum) of every split
-            room = torch.empty(splits * B * H * T * (D + 2), dtype=torch.float32, device=device)
-        module.span_attention(*arguments, 0 if room is None else room.data_ptr(), splits, stream_of(device))
+        module, stream = _ext.load(), stream_of(device)
+        if T > MOST_ROWS:
+            key = (device.index, stream, module.capture_id(stream))
+            tickets = _tickets.get(key)
+            if tickets is None:
+                tickets = _tickets.keep(key, torch.zeros(2, dtype=torch.int32, device=device))
+            module.span_attention_many(*arguments, tickets.data_ptr(), stream)
+        else:
+            splits = module.span_attention_splits(*arguments)
+            room = None
+            if splits > 1:
+                # sums and (top, sum) of every split
+                room = torch.empty(splits * B * H * T * (D + 2), dtype=torch.float32, device=device)
+            module.span_attention(*arguments, 0 if room is None else room.data_ptr(), splits, stream)
     return o.transpose(1, 2), lse
 
 
@@ -69,27 +87,65 @@ def _on_borders(x: Tensor) -> Tensor:
     return x if (x.data_ptr() % 16, batch % 8, head % 8, row % 8, last) == (0, 0, 0, 0, 1) else x.contiguous()
 
 
+def _for_maps(x: Tensor) -> Tensor:
+    """x itself when tensor maps can describe it, whose strides are positive besides, else a copy."""
+    rows = _on_borders(x)
+    expanded = any(stride <= 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True))
+    return rows.clone(memory_format=torch.contiguous_format) if expanded else rows
+
+
 def _lists(kept: Tensor) -> tuple[int, int, int, int]:
     batch, head, entry = kept.stride()
     return kept.data_ptr(), batch, head, entry
 
 
 def _takes_span_attention(call: Call) -> str | None:
-    sizes, features = call.sizes, call.features
-    if sizes.get("T", 1) > MOST_ROWS:
-        # without the number: a length that becomes text would compile anew for every length
-        return f"the CUDA kernel takes at most {MOST_ROWS} query rows"
-    if sizes.get("D", 64) not in HEAD_DIMS:
-        return f"the CUDA kernel takes a head dim D of 64, 96, 128 or 256, not {sizes['D']}"
     if call.dtype == torch.float32:
         return "the CUDA kernel takes float16 and bfloat16, not float32"
-    if "backward" in features:
-        return "the CUDA kernel has no backward"
-    if "classes" in features:
+    if "classes" in call.features:
         return "the CUDA kernel has no class table"
-    if "scale" in features:
+    if "scale" in call.features:
         return "the CUDA kernel needs a scale > 0"
+    return _takes_many(call) if call.sizes.get("T", 1) > MOST_ROWS else _takes_few(call)
+
+
+def _takes_few(call: Call) -> str | None:
+    if call.sizes.get("D", 64) not in HEAD_DIMS:
+        return f"the CUDA kernel takes a head dim D of 64, 96, 128 or 256, not {call.sizes['D']}"
+    if "backward" in call.features:
+        return "the CUDA kernel has no backward"
     return None
+
+
+def _takes_many(call: Call) -> str | None:
+    # without lengths: one that becomes text would compile anew for every length
+    where = f"with more than {MOST_ROWS} query rows"
+    if call.sizes.get("D", 64) not in MANY_HEAD_DIMS:
+        return f"{where} the CUDA kernel takes a head dim D of 64 or 128, not {call.sizes['D']}"
+    if call.sizes.get("N", 1) > MANY_SLOTS:
+        return f"{where} the CUDA kernel takes at most {MANY_SLOTS} slots"
+    for option in OPTIONS_OF_FEW:
+        if option in call.features:
+            return f"{where} the CUDA kernel has no {option if option == 'softcap' else option.upper()}"
+    if "backward" in call.features and (why := triton._missing()):
+        return f"its gradient is Triton's, and {why}"
+    if not _has_many(call.device.index):
+        return f"the CUDA kernel takes at most {MOST_ROWS} query rows but on Hopper, in a build for 90a"
+    return None
+
+
+def hands_over(call: Call) -> str | None:
+    """Many rows are Triton's until this kernel has been timed beside it."""
+    return None if call.sizes.get("T", 1) <= MOST_ROWS else "its kernel for many rows is to be asked for by name"
+
+
+def _has_many(index: int | None) -> bool:
+    index = torch.cuda.current_device() if index is None else index
+    return _ext.unavailable(index) is None and _ext.load().span_attention_many_here(index)
+
+
+# a constant to torch.compile, as in cuda.py
+_has_many._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 KERNELS: dict[str, Callable[[Call], str | None]] = {"span_attention": _takes_span_attention}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamkernels import _ext
-from streamkernels.backends import cuda, triton
+from streamkernels.backends import cuda, cuda_span_attention, triton
 from streamkernels.backends.select import Call, choose
 
 GPU = torch.device("cuda", 0)
@@ -21,6 +21,7 @@ def call(
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ext, "unavailable", lambda device=-1: None)
+    monkeypatch.setattr(cuda_span_attention, "_has_many", lambda index: False)
 
 
 def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,18 +45,37 @@ def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.reason(call()) == "no NVIDIA driver is installed"
 
 
-def test_few_rows_alone_and_features(ready: None) -> None:
-    def say(T: int, *features: str) -> str | None:
-        return cuda.reason(Call("span_attention", GPU, torch.float16, {"D": 64, "T": T}, frozenset(features)))
+def spans(T: int, *features: str, D: int = 64, N: int = 2) -> Call:
+    return Call("span_attention", GPU, torch.float16, {"D": D, "T": T, "N": N}, frozenset(features))
 
-    assert say(64) is None and say(1, "kept", "mass", "sink", "softcap", "sink_logits") is None
+
+def test_few_and_many_rows(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_span_attention, "_has_many", lambda index: True)
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+
+    def say(*arguments, **sizes) -> str | None:
+        return cuda.reason(spans(*arguments, **sizes))
+
+    assert say(64, N=8) is None and say(1, "kept", "mass", "sink", "softcap", "sink_logits", D=96) is None
+    assert say(65) is None and say(9999, "sink_logits", "backward", D=128) is None
+    assert choose(spans(9999), "auto") == "triton" and choose(spans(64), "auto") == "cuda"
     for why, words in [
-        (say(65), "at most 64 query rows"),
+        (say(65, "softcap"), "with more than 64 query rows the CUDA kernel has no softcap"),
+        (say(65, "kept"), "no KEPT"),
+        (say(65, D=256), "64 or 128, not 256"),
+        (say(65, N=4), "at most 2 slots"),
         (say(1, "backward"), "no backward"),
         (say(1, "classes"), "no class table"),
-        (say(1, "scale"), "scale > 0"),
+        (say(65, "scale"), "scale > 0"),
     ]:
         assert why is not None and words in why
+    monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
+    assert "its gradient is Triton's" in str(say(65, "backward"))
+    monkeypatch.setattr(cuda_span_attention, "_has_many", lambda index: False)
+    assert "at most 64 query rows but on Hopper" in str(say(65)) and say(64) is None
+
+
+def test_features_of_other_ops(ready: None) -> None:
     bits = Call("compact", GPU, torch.int64)
     assert cuda.reason(bits) is None
     assert "gradient" in str(cuda.reason(Call("compact", GPU, torch.float32, {}, frozenset({"backward"}))))

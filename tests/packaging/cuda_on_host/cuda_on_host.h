@@ -17,6 +17,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
@@ -43,23 +44,30 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
 struct Dim {
   unsigned x;
 };
-inline Dim threadIdx, blockIdx, blockDim;
+inline Dim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
 constexpr size_t kStack = 256 * 1024;
-enum class At { kStart, kBarrier, kBallot, kSum, kShuffle, kEnd };
+// kLook: looks again later whether something has come about
+enum class At { kStart, kBarrier, kBallot, kSum, kShuffle, kLook, kEnd };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   At at = At::kStart;
+  const char* what = "";  // it looks for
+  unsigned number = 0;
 };
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline std::vector<int> values;  // what each thread brought to a warp operation
 inline std::function<void()> body;
+inline unsigned looks_in_vain;
+// what goes on beside the threads, once a round: whether something has happened; and the order of warps in a round
+inline std::function<bool()> meanwhile = [] { return false; };
+inline std::function<unsigned(unsigned, unsigned)> turn_of = [](unsigned n, unsigned) { return n; };
 
 // the calling thread waits until all threads of the block have come to a synchronisation of the same kind
 inline void wait(At at) {
@@ -67,6 +75,16 @@ inline void wait(At at) {
   fibers[thread].at = at;
   swapcontext(&fibers[thread].context, &scheduler);
   threadIdx.x = thread;
+}
+
+// the calling thread waits until `ready`; the rest is said when that never comes about
+template <typename Ready>
+void look_until(Ready ready, const char* what, unsigned number) {
+  while (!ready()) {
+    ++looks_in_vain;
+    fibers[threadIdx.x].what = what, fibers[threadIdx.x].number = number;
+    wait(At::kLook);
+  }
 }
 
 inline void enter() {
@@ -82,42 +100,56 @@ inline void run_block(unsigned threads) {
     makecontext(&fibers[t].context, enter, 0);
   }
   // warps go on by themselves; at a barrier they wait for each other
-  const auto all_at = [&](At at) {
-    return std::all_of(fibers.begin(), fibers.begin() + threads, [=](const Fiber& f) { return f.at == at; });
+  const auto all_at = [&](At at, unsigned begin, unsigned end) {
+    return std::all_of(fibers.begin() + begin, fibers.begin() + end, [=](const Fiber& f) { return f.at == at; });
   };
   for (unsigned t = 0; t < threads; ++t) fibers[t].at = At::kStart;
-  while (!all_at(At::kEnd)) {
-    const bool together = all_at(At::kBarrier);
-    bool went = false;
-    for (unsigned warp = 0; warp < threads; warp += 32) {
-      if (fibers[warp].at == At::kEnd || (fibers[warp].at == At::kBarrier && !together)) continue;
-      went = true;
-      const unsigned end = std::min(threads, warp + 32);
+  for (int idle = 0; !all_at(At::kEnd, 0, threads);) {
+    const bool together = all_at(At::kBarrier, 0, threads), happened = meanwhile();
+    unsigned resumed = 0;
+    looks_in_vain = 0;
+    for (unsigned n = 0; n < threads; n += 32) {
+      const unsigned warp = turn_of(n / 32, (threads + 31) / 32) * 32, end = std::min(threads, warp + 32);
+      At at = At::kLook;  // what the warp's threads that do not look have come to
       for (unsigned t = warp; t < end; ++t) {
+        if (fibers[t].at == At::kLook || fibers[t].at == at) continue;
+        if (at != At::kLook) {
+          std::fprintf(stderr, "thread %u is at another synchronisation than others of its warp\n", t);
+          std::abort();
+        }
+        at = fibers[t].at;
+      }
+      const bool all = all_at(at, warp, end);
+      for (unsigned t = warp; t < end; ++t) {
+        if (fibers[t].at != At::kLook && (at == At::kEnd || !all || (at == At::kBarrier && !together))) continue;
+        ++resumed;
         threadIdx.x = t;
         swapcontext(&scheduler, &fibers[t].context);
       }
-      for (unsigned t = warp; t < end; ++t) {
-        if (fibers[t].at != fibers[warp].at) {
-          std::fprintf(stderr, "thread %u is at another synchronisation than thread %u\n", t, warp);
-          std::abort();
-        }
-      }
     }
-    if (!went) {
-      std::fprintf(stderr, "some warps wait at a barrier that others never come to\n");
+    idle = happened || resumed > looks_in_vain ? 0 : idle + 1;
+    if (idle > 1000) {
+      std::fprintf(stderr, "threads wait for something that never comes about:\n");
+      for (unsigned t = 0; t < threads; t += 16) {
+        const Fiber& f = fibers[t];
+        std::fprintf(stderr, "thread %u is at %d: %s %u\n", t, static_cast<int>(f.at), f.what, f.number);
+      }
       std::abort();
     }
   }
 }
 
 template <typename Kernel, typename... Args>
-void launch(Kernel kernel, unsigned blocks, unsigned threads, const Args&... args) {
+void launch_one(Kernel kernel, unsigned block, unsigned blocks, unsigned threads, const Args&... args) {
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   values.assign(threads, 0);
-  blockDim.x = threads;
+  blockIdx.x = block, blockDim.x = threads, gridDim.x = blocks;
   body = [&] { kernel(args...); };
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+  run_block(threads);
+}
+template <typename Kernel, typename... Args>
+void launch(Kernel kernel, unsigned blocks, unsigned threads, const Args&... args) {
+  for (unsigned block = 0; block < blocks; ++block) launch_one(kernel, block, blocks, threads, args...);
 }
 
 // every lane of the warp brings a value and gets what `combine` makes of all 32
@@ -142,6 +174,13 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
     for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(lane[i]) << i;
     return bits;
   });
+}
+
+inline int __any_sync(unsigned mask, bool predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, bool predicate) {
+  return __ballot_sync(mask, predicate) == ~0u;
 }
 
 inline int __reduce_add_sync(unsigned, int value) {

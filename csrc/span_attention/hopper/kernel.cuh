@@ -1,0 +1,48 @@
+// span_attention for many query rows on Hopper (sm_90a): ATTEND slots, at most two. Blocks stay until all items are
+// done and draw the next one when they have fetched the one at hand.
+#pragma once
+
+#include "span_attention/hopper/attend.cuh"
+#include "streamkernels/overlap.cuh"
+
+namespace sk::span_attention::hopper {
+
+// registers of the threads of each kind: 128 * 40 + 256 * 232 are what there is for three warpgroups
+constexpr int kLoaderRegisters = 40, kReaderRegisters = 232;
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
+                  const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o,
+                  const __grid_constant__ Call c) {
+#if SK_WGMMA
+  char* const memory = dynamic_memory();
+  const Room<S> room{memory, shared_address(memory)};
+  if (threadIdx.x == kReaders) {
+    for (const CUtensorMap* map : {&q, &k, &v, &o}) prefetch_map(map);
+    for (int n = 0; n < S::kItems; ++n) {
+      barrier_init(room.item_full(n), 2);
+      barrier_init(room.item_empty(n), kReaderWarps);
+    }
+    for (int n = 0; n < S::kStages; ++n) {
+      barrier_init(room.keys_full(n), 1);
+      barrier_init(room.keys_empty(n), kReaderWarps);
+      barrier_init(room.values_full(n), 1);
+      barrier_init(room.values_empty(n), kReaderWarps);
+    }
+    barrier_publish();
+  }
+  __syncthreads();
+  wait_for_launch_before();
+  if (threadIdx.x >= kReaders) {
+    hand_in_registers<kLoaderRegisters>();
+    if (threadIdx.x < kReaders + 32) Loader<S>{&q, &k, &v, c, room}.run();
+    return;
+  }
+  take_registers<kReaderRegisters>();
+  Reader<S> reader{&o, c, room};
+  reader.run();
+#endif
+}
+
+}  // namespace sk::span_attention::hopper

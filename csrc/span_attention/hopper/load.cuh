@@ -1,0 +1,166 @@
+// The warp that fetches: which item the block takes next, which tiles of keys its rows see, and all of it into shared
+// memory, as far ahead as there is room.
+#pragma once
+
+#include <climits>
+
+#include "span_attention/hopper/shape.cuh"
+#if defined(__CUDACC__)
+#include "span_attention/hopper/ptx.cuh"
+#include "streamkernels/barrier.cuh"
+#endif
+
+namespace sk::span_attention::hopper {
+
+// 128 rows, panel by panel
+template <class S>
+__device__ __forceinline__ void load_rows(uint32_t to, const CUtensorMap* map, uint32_t barrier, int row, int head,
+                                          int b) {
+#pragma unroll
+  for (int panel = 0; panel < S::kPanels; ++panel) {
+    load_box(to + panel * 128 * 128, map, barrier, panel * 64, row, head, b);
+  }
+}
+
+// What the rows of an item see in one slot.
+struct Hull {
+  int begin, end;             // of what some row sees
+  int last_begin, first_end;  // of rows that see anything
+  bool all;                   // whether every row sees something
+
+  __device__ __forceinline__ bool gapless() const { return last_begin <= first_end; }
+};
+
+template <class S>
+struct Loader {
+  const CUtensorMap *q, *k, *v;
+  const Call& c;
+  Room<S> room;
+  Ring<S::kItems> place;
+  Ring<S::kStages> stage;
+  static constexpr int kEach = S::kRows / 32;
+
+  __device__ __forceinline__ static Hull hull_of(const int2 (&rows)[kEach], int first_row, int T) {
+    Hull x{INT_MAX, 0, 0, INT_MAX, true};
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+      if (first_row + n * 32 >= T) continue;
+      if (rows[n].x < rows[n].y) {
+        x.begin = min(x.begin, rows[n].x), x.end = max(x.end, rows[n].y);
+        x.last_begin = max(x.last_begin, rows[n].x), x.first_end = min(x.first_end, rows[n].y);
+      } else {
+        x.all = false;
+      }
+    }
+    x.begin = __reduce_min_sync(~0u, x.begin), x.end = __reduce_max_sync(~0u, x.end);
+    x.last_begin = __reduce_max_sync(~0u, x.last_begin), x.first_end = __reduce_min_sync(~0u, x.first_end);
+    x.all = __all_sync(~0u, x.all);
+    return x;
+  }
+
+  __device__ __forceinline__ static int tiles_of(const Hull& x) {
+    return x.begin < x.end ? (x.end - x.begin + S::kKeys - 1) / S::kKeys : 0;
+  }
+
+  // One tile of keys and its values; by one thread.
+  __device__ __forceinline__ void fetch(const Keys& tile, int hk, int b) {
+    const int s = stage.at;
+    barrier_wait(room.keys_empty(s), stage.phase ^ 1);
+    room.tile(s) = tile;
+    barrier_expect(room.keys_full(s), S::kMatrix);
+    load_rows<S>(room.keys(s), k, room.keys_full(s), tile.first, hk, b);
+    barrier_wait(room.values_empty(s), stage.phase ^ 1);
+    barrier_expect(room.values_full(s), S::kMatrix);
+    load_rows<S>(room.values(s), v, room.values_full(s), tile.first, hk, b);
+  }
+
+  // The tiles of one slot. Where no key of the hull is seen by nobody, the last one ends with it: values outside may
+  // be anything.
+  __device__ __forceinline__ void fetch_slot(const Hull& x, int slot, int hk, int b) {
+    const int tiles = tiles_of(x);
+    const bool gapless = x.gapless(), solid = gapless && x.end - x.begin >= S::kKeys;
+    for (int i = 0; i < tiles; ++i) {
+      if (threadIdx.x % 32 == 0) {
+        Keys tile;
+        tile.fresh = x.begin + i * S::kKeys;
+        tile.first = solid ? min(tile.fresh, x.end - S::kKeys) : tile.fresh;
+        tile.end = x.end;
+        tile.slot = static_cast<int16_t>(slot);
+        const bool whole = solid && x.all && tile.first == tile.fresh && tile.fresh >= x.last_begin &&
+                           tile.fresh + S::kKeys <= x.first_end;
+        tile.kind = static_cast<int16_t>(whole ? kWhole : solid ? kMasked : gapless ? kShort : kHoles);
+        fetch(tile, hk, b);
+      }
+      stage.advance();
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const int lane = threadIdx.x % 32, heads = c.together * c.blocks;
+    int item = blockIdx.x;
+    for (;;) {
+      const bool more = item < c.items;
+      int next = 0;
+      if (more && lane == 0) next = atomicAdd(c.tickets, 1) + static_cast<int>(gridDim.x);
+      // as many heads as have their keys in the L2 together, their last rows first: those have most keys
+      const int set = item / heads, rest = item - set * heads;
+      const int head = set * c.together + rest % c.together, b = head / c.H, h = head - b * c.H;
+      const int block = c.blocks - 1 - rest / c.together, first_row = block * S::kRows + lane;
+      int2 rows[kMaxSlots][kEach];
+#pragma unroll
+      for (int slot = 0; slot < kMaxSlots; ++slot) {
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) {
+          const int t = first_row + n * 32;
+          rows[slot][n] = make_int2(0, 0);
+          if (more && t < c.T && slot < c.N) rows[slot][n] = __ldg(c.bounds + (int64_t{b} * c.T + t) * c.N + slot);
+        }
+      }
+      barrier_wait(room.item_empty(place.at), place.phase ^ 1);
+      const uint32_t full = room.item_full(place.at);
+      if (!more) {
+        if (lane == 0) {
+          room.item(place.at) = {0, 0, -1};
+          barrier_arrive(full);
+          barrier_arrive(full);
+        }
+        break;
+      }
+      if (lane == 0) {
+        barrier_expect(full, S::kQuery);
+        load_rows<S>(room.queries(place.at), q, full, block * S::kRows, h, b);
+      }
+      Hull hulls[kMaxSlots];
+      int tiles = 0;
+#pragma unroll
+      for (int slot = 0; slot < kMaxSlots; ++slot) {
+#pragma unroll
+        for (int n = 0; n < kEach; ++n) {
+          rows[slot][n] = make_int2(max(rows[slot][n].x, 0), min(rows[slot][n].y, c.S));
+          room.bounds(place.at, slot)[lane + n * 32] = rows[slot][n];
+        }
+        hulls[slot] = hull_of(rows[slot], first_row, c.T);
+        tiles += tiles_of(hulls[slot]);
+      }
+      __syncwarp();
+      if (lane == 0) {
+        room.item(place.at) = {head, block, max(tiles, 1)};
+        barrier_arrive(full);
+      }
+      place.advance();
+      const int hk = h / c.group;
+#pragma unroll
+      for (int slot = 0; slot < kMaxSlots; ++slot) fetch_slot(hulls[slot], slot, hk, b);
+      if (tiles == 0) {
+        // a tile that nobody sees
+        if (lane == 0) fetch({0, 0, 0, 0, kShort}, hk, b);
+        stage.advance();
+      }
+      item = __shfl_sync(~0u, next, 0);
+    }
+    // Every block has its last ticket before it is counted here.
+    if (lane == 0 && atomicAdd(c.tickets + 1, 1) == static_cast<int>(gridDim.x) - 1) c.tickets[0] = c.tickets[1] = 0;
+  }
+};
+
+}  // namespace sk::span_attention::hopper

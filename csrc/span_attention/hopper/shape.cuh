@@ -1,0 +1,100 @@
+// How a block of the Hopper kernel is made up: two warpgroups that have 64 rows of q each, one warp that fetches for
+// both, and what lies where in shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "span_attention/hopper/plan.h"
+#include "streamkernels/numbers.cuh"
+
+namespace sk::span_attention::hopper {
+
+constexpr int kGroup = 128;           // threads of a warpgroup
+constexpr int kReaders = 2 * kGroup;  // who multiplies
+constexpr int kThreads = kReaders + kGroup;
+constexpr int kReaderWarps = kReaders / 32;
+
+// An item: kRows rows of one query head.
+struct Item {
+  int head;   // b * H + h
+  int block;  // of 128 rows
+  int tiles;  // of keys, at least one; negative: there are no more items
+};
+
+// A tile of keys as it was fetched: 128 from `first` on. Those below `fresh` belong to the tile before.
+struct Keys {
+  int first, fresh;
+  int end;  // of the keys that some row sees
+  int16_t slot;
+  int16_t kind;
+};
+constexpr int kMasked = 0;  // rows see some of them each
+constexpr int kWhole = 1;   // every row sees all of them
+constexpr int kShort = 2;   // like kMasked; nobody sees those from `end` on
+constexpr int kHoles = 3;   // like kMasked; nobody may see any of them
+
+template <typename ELEMENT, int HEAD_DIM>
+struct Shape {
+  using Element = ELEMENT;
+  static constexpr int D = HEAD_DIM;
+  static constexpr int kRows = hopper::kRows, kKeys = 128, kWarpKeys = kKeys;
+  static constexpr int kItems = 2;                 // under way at a time
+  static constexpr int kStages = D == 64 ? 4 : 2;  // tiles of keys and values under way
+  static constexpr int kMatrix = kKeys * D * 2, kQuery = kRows * D * 2;
+  static constexpr int kPanels = D / 64;
+  // from here on addresses in shared memory, from its beginning
+  static constexpr int kItemFull = 0, kItemEmpty = 16, kStageBarriers = 32;
+  static constexpr int kItem = kStageBarriers + kStages * 32;
+  static constexpr int kTile = kItem + kItems * 16;
+  static constexpr int kBounds = kTile + kStages * 16, kBoundsBytes = kMaxSlots * kRows * 8;
+  static constexpr int kQueries = (kBounds + kItems * kBoundsBytes + 1023) / 1024 * 1024;
+  static constexpr int kTiles = kQueries + kItems * kQuery;
+  static constexpr int kShared = kTiles + kStages * 2 * kMatrix;
+  static_assert(D % 64 == 0 && sizeof(Item) <= 16 && sizeof(Keys) == 16, "");
+};
+
+// A place in a ring, and which time round it is.
+template <int PLACES>
+struct Ring {
+  int at = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++at == PLACES) at = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ Ring before() const {
+    Ring ring;
+    ring.at = at ? at - 1 : PLACES - 1, ring.phase = at ? phase : phase ^ 1;
+    return ring;
+  }
+};
+
+// What a block has in shared memory, by address.
+template <class S>
+struct Room {
+  char* memory;
+  uint32_t base;
+
+  __device__ __forceinline__ uint32_t item_full(int place) const { return base + S::kItemFull + place * 8; }
+  __device__ __forceinline__ uint32_t item_empty(int place) const { return base + S::kItemEmpty + place * 8; }
+  __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + S::kStageBarriers + stage * 32; }
+  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return keys_full(stage) + 8; }
+  __device__ __forceinline__ uint32_t values_full(int stage) const { return keys_full(stage) + 16; }
+  __device__ __forceinline__ uint32_t values_empty(int stage) const { return keys_full(stage) + 24; }
+
+  __device__ __forceinline__ uint32_t queries(int place) const { return base + S::kQueries + place * S::kQuery; }
+  __device__ __forceinline__ uint32_t keys(int stage) const { return base + S::kTiles + stage * 2 * S::kMatrix; }
+  __device__ __forceinline__ uint32_t values(int stage) const { return keys(stage) + S::kMatrix; }
+
+  __device__ __forceinline__ Item& item(int place) const {
+    return *reinterpret_cast<Item*>(memory + S::kItem + place * 16);
+  }
+  __device__ __forceinline__ Keys& tile(int stage) const {
+    return *reinterpret_cast<Keys*>(memory + S::kTile + stage * 16);
+  }
+  // [begin, end) of the item's rows in one slot
+  __device__ __forceinline__ int2* bounds(int place, int slot) const {
+    return reinterpret_cast<int2*>(memory + S::kBounds + place * S::kBoundsBytes) + slot * S::kRows;
+  }
+};
+
+}  // namespace sk::span_attention::hopper
