@@ -16,6 +16,7 @@ from streamkernels.testing.cases import Case
 from streamkernels.testing.compare import influence
 from streamkernels.testing.dense import dense_attention
 from streamkernels.testing.gradients import assert_all_accurate, forward_and_backward
+from streamkernels.testing.graphs import assert_step_is_replayed
 from streamkernels.testing.inputs import make_inputs, random_spans
 
 from .span_calls import both, check, check_repeated, run
@@ -146,6 +147,10 @@ def test_captured_once_for_all_spans() -> None:
             t.fill_(NAN)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, run(x), strict=True))
+
+
+def test_a_training_step_captured_in_a_cuda_graph() -> None:
+    assert_step_is_replayed(Case(1, 28, 4, 700, 700, 128, "wait_k", BF16), "cuda")
 
 
 def test_streams_at_once() -> None:

@@ -18,6 +18,7 @@ from streamkernels.reference.span_attention import SpanTensors
 from streamkernels.testing.cases import Case
 from streamkernels.testing.checkpointing import assert_attention_is_saved
 from streamkernels.testing.gradients import forward_and_backward
+from streamkernels.testing.graphs import assert_step_is_replayed
 from streamkernels.testing.inputs import Inputs, make_inputs, random_spans
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -35,6 +36,12 @@ def test_captured_in_a_cuda_graph():
     captured.fill_(float("nan"))
     graph.replay()
     assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize("T", [300, 2100])
+def test_a_training_step_captured_in_a_cuda_graph(T):
+    """The parts of dk and dv are joined by whoever arrives last, which replays must find as the first run did."""
+    assert_step_is_replayed(Case(1, 28, 4, T, T, 128, "wait_k", torch.bfloat16), "triton")
 
 
 def raw_arguments(x: Inputs) -> tuple:
