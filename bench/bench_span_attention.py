@@ -1,4 +1,5 @@
-"""span_attention (Triton) beside FlexAttention, cuDNN and itself: device time with cold L2, and host-visible time.
+"""span_attention beside FlexAttention, cuDNN and itself: device time with cold L2, and host-visible time. Ours is
+Triton's but where CUDA is named, whose kernel for many rows (Hopper) is timed beside it.
 
 `pytest -s bench/bench_span_attention.py`; a first `pytest -n 8 --compile-only` of it compiles in parallel. TFLOP/s
 count the arithmetic of visible pairs, 4 D per pair and head forward, 2.5 times that backward (FlashAttention's
@@ -59,6 +60,8 @@ CASES = [
     Case(8192, 32, 32, 128),
 ]
 CAUSAL = Case(8192, 28, 4, 128)
+# of the kernel for many rows: its tiles are larger, its loads and products overlap
+CUDA_EFFICIENCY = 0.75
 
 
 def wait_k(L: int) -> sk.Spans:
@@ -199,6 +202,45 @@ def test_causal(part, show):
         for goal in (Goal(at_least=0.75), Goal(at_least=0.95, aim=True))
     ]
     show(rows, calls["ours"][0])
+
+
+def _cuda_cases() -> list[tuple[str, Case, int]]:
+    """(name, case, keys): training shapes, and chunks of rows behind a cache; 0 keys: a wait-k mask."""
+    cases = [*(case for case in CASES if case.D <= 128), *(Case(L, 28, 4, 128) for L in (512, 1024, 4096))]
+    chunks = [(T, T + S) for S in (0, 4096, 16384) for T in (65, 128, 256, 512, 1024)]
+    return [(f"wait-k 5, {case}", case, 0) for case in cases] + [
+        (f"chunk of {T}, S={S} H=28 HK=4 D=128", Case(T, 28, 4, 128), S) for T, S in chunks
+    ]
+
+
+@pytest.mark.parametrize(("work", "case", "S"), [pytest.param(*row, id=row[0]) for row in _cuda_cases()])
+def test_cuda_for_many_rows(work, case, S, show):
+    """The CUDA kernel for many rows beside Triton's: what `auto` should take."""
+    if kernel_time.compile_only:
+        pytest.skip("the other tests compile Triton's")
+    contenders.cache_clear()
+    gc.collect()
+    if S:
+        spans = sk.spans.bottom_right([case.L], [S], device=DEVICE)
+        make = lambda heads, n: torch.randn(1, n, heads, case.D, device=DEVICE, dtype=DTYPE).transpose(1, 2)  # noqa: E731
+        n = copies_for_cold_l2(4 * S * case.D * case.HK)
+        sets = [(make(case.H, case.L), make(case.HK, S), make(case.HK, S)) for _ in range(n)]
+    else:
+        spans, sets = wait_k(case.L), [tuple(x.detach() for x in s[:3]) for s in input_sets(case)]
+    if sk.explain(sk.span_attention, *sets[0], spans, backend="triton").reasons["cuda"].split(",")[0] != "ok":
+        pytest.skip("the CUDA kernel does not run here")
+    prepared = sk.prepare(spans, sets[0][1].shape[2])
+    calls = {
+        backend: [lambda s=s, b=backend: sk.span_attention(*s, spans, prepared=prepared, backend=b) for s in sets]
+        for backend in ("cuda", "triton")
+    }
+    a, b = (calls[backend][0]().double() for backend in calls)
+    assert float((a - b).norm() / b.norm()) < 1e-2
+    times = {backend: graph_time(c) for backend, c in calls.items()}
+    guess = 4 * visible_pairs(spans) * case.H * case.D / matmul_rate() / CUDA_EFFICIENCY + 5
+    goal = Goal(at_least=1, aim=True)
+    rows = [compared(f"CUDA, {work}", "forward", guess, times["cuda"], "Triton", times["triton"], goal)]
+    show(rows, calls["cuda"][0])
 
 
 # text rows over a long cache: H = HK = 32, T = 512, S = 16k; K and V alone are 268 MB, so every call is cold
