@@ -240,7 +240,25 @@ def test_cuda_for_many_rows(work, case, S, show):
     guess = 4 * visible_pairs(spans) * case.H * case.D / matmul_rate() / CUDA_EFFICIENCY + 5
     goal = Goal(at_least=1, aim=True)
     rows = [compared(f"CUDA, {work}", "forward", guess, times["cuda"], "Triton", times["triton"], goal)]
+    if not S:
+        backwards = {backend: backwards_of(sets, spans, prepared, backend) for backend in calls}
+        for a, b in zip(*(c[0]()[:3] for c in backwards.values()), strict=True):
+            assert float((a.double() - b.double()).norm() / b.double().norm()) < 1e-2
+        times = {backend: graph_time(c) for backend, c in backwards.items()}
+        # 7 products where the forward has 2
+        guess = 3.5 * (guess - 5) + 10
+        rows.append(compared(f"CUDA, {work}", "backward", guess, times["cuda"], "Triton", times["triton"], goal))
     show(rows, calls["cuda"][0])
+
+
+def backwards_of(sets, spans: sk.Spans, prepared, backend: str) -> list:
+    """The registered backward op on outputs of the same backend's forward, without autograd's host work."""
+    rules = [int(rule) for rule in spans.rules]
+    options = (spans.bounds, rules, *[None] * 8, *prepared, sets[0][0].shape[3] ** -0.5, 0.0, backend)
+    op, op_backward = torch.ops.streamkernels.span_attention, torch.ops.streamkernels.span_attention_backward
+    saved = [op(*s, *options) for s in sets]
+    do, dlse = torch.randn_like(saved[0][0]), torch.zeros_like(saved[0][1])
+    return [lambda s=s, r=r: op_backward(do, dlse, *s, *r, *options) for s, r in zip(sets, saved, strict=True)]
 
 
 # text rows over a long cache: H = HK = 32, T = 512, S = 16k; K and V alone are 268 MB, so every call is cold

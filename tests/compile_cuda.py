@@ -45,7 +45,7 @@ def find_nvcc() -> str | None:
 def short(name: str) -> str:
     """`sk::op::op_kernel<sk::BFloat16, 8, false>(...)` without namespaces and parameters."""
     plain = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    return re.sub(r"\(.*\)$", "", plain).replace("sk::", "").split("::")[-1]
+    return re.sub(r"\w+::", "", re.sub(r"\(.*\)$", "", plain))
 
 
 def parse(log: str) -> list[Report]:

@@ -1,6 +1,7 @@
 // span_attention at the border to Python.
 #pragma once
 
+#include "span_attention/hopper/backward.h"
 #include "span_attention/hopper/params.h"
 #include "span_attention/params.h"
 #include "streamkernels/border.h"
@@ -98,6 +99,41 @@ inline void bind(pybind11::module_& m) {
       "q"_a, "k"_a, "v"_a, "o"_a, "lse"_a, "bounds"_a, "sink_key"_a, "kept"_a, "kept_count"_a, "sink_logits"_a,
       "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
       "dtype"_a, "device"_a, "tickets"_a, "stream"_a);
+  m.def("span_attention_many_backward_here", &hopper::backward_here, "device"_a);
+  m.def(
+      "span_attention_many_work",
+      [](int B, int H, int HK, int T, int S, int D, int device) {
+        border::require(B >= 1 && HK >= 1 && H >= HK && T >= 1 && S >= 1, "span_attention: q: expected sizes >= 1");
+        const hopper::Work work = hopper::work_of(B, H, HK, T, S, D, device);
+        return pybind11::make_tuple(work.floats, work.counters);
+      },
+      "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "device"_a);
+  m.def(
+      "span_attention_many_backward",
+      [](Rows q, Rows k, Rows v, Rows o, Rows dout, uintptr_t lse, uintptr_t dlse, uintptr_t bounds,
+         uintptr_t row_blocks, uintptr_t key_blocks, uintptr_t dq, uintptr_t dk, uintptr_t dv, int B, int H, int HK,
+         int T, int S, int D, int N, const pybind11::tuple& rules, double scale, double softcap, int dtype, int device,
+         uintptr_t work, uintptr_t tickets, uintptr_t counters, uintptr_t stream) {
+        border::require(dtype == static_cast<int>(DType::kBFloat16), "span_attention: q: expected bfloat16");
+        hopper::Backward x{};
+        x.p = params_of(q, k, v, dq, lse, bounds, {}, {}, {}, 0, false, B, H, HK, T, S, D, N, 0, rules, scale, softcap,
+                        dtype);
+        border::require(aligned(o, 2) && aligned(dout, 2), "span_attention: do: expected rows on 16-byte borders");
+        border::require(o.data && dout.data && row_blocks && key_blocks && dk && dv && work && tickets && counters,
+                        "span_attention: do: expected no null pointer");
+        x.o = o, x.dout = dout;
+        x.dlse = static_cast<const float*>(border::address(dlse));
+        x.dq = border::address(dq), x.dk = border::address(dk), x.dv = border::address(dv);
+        x.row_blocks = static_cast<const int32_t*>(border::address(row_blocks));
+        x.key_blocks = static_cast<const int32_t*>(border::address(key_blocks));
+        x.work = static_cast<float*>(border::address(work));
+        x.tickets = static_cast<int*>(border::address(tickets));
+        x.counters = static_cast<int*>(border::address(counters));
+        hopper::launch(x, device, stream);
+      },
+      "q"_a, "k"_a, "v"_a, "o"_a, "dout"_a, "lse"_a, "dlse"_a, "bounds"_a, "row_blocks"_a, "key_blocks"_a, "dq"_a,
+      "dk"_a, "dv"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "rules"_a, "scale"_a, "softcap"_a, "dtype"_a,
+      "device"_a, "work"_a, "tickets"_a, "counters"_a, "stream"_a);
 }
 
 }  // namespace sk::span_attention

@@ -24,6 +24,7 @@ from .cuda_pruned import rotate as rotate
 from .cuda_pruned import select_tokens as select_tokens
 from .cuda_pruned import token_scores as token_scores
 from .cuda_span_attention import span_attention as span_attention
+from .cuda_span_attention import span_attention_backward as span_attention_backward
 from .tensors import DTYPES
 from .tensors import rows_of as _rows
 from .tensors import stream_of as _stream

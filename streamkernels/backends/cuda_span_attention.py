@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ HEAD_DIMS = (64, 96, 128, 256)
 MANY_HEAD_DIMS, MANY_SLOTS = (64, 128), 2
 OPTIONS_OF_FEW = ("softcap", "mass", "sink", "kept")
 
-# what the blocks of a launch draw their work by: two ints, zero between launches
+# what the blocks of a launch draw their work by: two ints, zero between launches; in a backward also what they join
+# parts of dk and dv by
 _tickets: Held[Tensor] = Held()
+TICKETS, SOME_COUNTERS = 2, 1022
 
 
 def span_attention(
@@ -66,11 +69,7 @@ def span_attention(
         )  # fmt: skip
         module, stream = _ext.load(), stream_of(device)
         if T > MOST_ROWS:
-            key = (device.index, stream, module.capture_id(stream))
-            tickets = _tickets.get(key)
-            if tickets is None:
-                tickets = _tickets.keep(key, torch.zeros(2, dtype=torch.int32, device=device))
-            module.span_attention_many(*arguments, tickets.data_ptr(), stream)
+            module.span_attention_many(*arguments, _counters(module, device, stream, 0).data_ptr(), stream)
         else:
             splits = module.span_attention_splits(*arguments)
             room = None
@@ -79,6 +78,48 @@ def span_attention(
                 room = torch.empty(splits * B * H * T * (D + 2), dtype=torch.float32, device=device)
             module.span_attention(*arguments, 0 if room is None else room.data_ptr(), splits, stream)
     return o.transpose(1, 2), lse
+
+
+def span_attention_backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv as q, k, v (stored rows first), d sink_logits: two launches on Hopper of many rows of bf16 where
+    there are no sink logits, else Triton's."""
+    bounds, rules, *_, sink_logits, row_blocks, key_blocks, scale, softcap = options
+    B, H, T, D = q.shape
+    HK, S = k.shape[1:3]
+    device = q.device
+    ours = T > MOST_ROWS and B * S > 0 and sink_logits is None and q.dtype == torch.bfloat16
+    if not ours or not _has_many_backward(device.index):
+        return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *options)
+    if row_blocks is None:
+        row_blocks, key_blocks = triton.prepare(bounds, S)
+    q, k, v, o, do = map(_for_maps, (q, k, v, o, do))
+    bounds, row_blocks, key_blocks, lse = (x.contiguous() for x in (bounds, row_blocks, key_blocks, lse))
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, (dk, dv) = q.new_empty((B, T, H, D)), (k.new_empty((B, S, HK, D)) for _ in "kv")
+    module, stream = _ext.load(), stream_of(device)
+    floats, counters = module.span_attention_many_work(B, H, HK, T, S, D, device.index)
+    work = torch.empty(floats, dtype=torch.float32, device=device)
+    tickets = _counters(module, device, stream, counters).data_ptr()
+    module.span_attention_many_backward(
+        *map(rows_of, (q, k, v, o, do)), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
+        *(x.data_ptr() for x in (bounds, row_blocks, key_blocks, dq, dk, dv)), B, H, HK, T, S, D, bounds.shape[2],
+        tuple(rules), scale, softcap, DTYPES[q.dtype], device.index, work.data_ptr(), tickets, tickets + 4 * TICKETS,
+        stream,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+
+
+def _counters(module: ModuleType, device: torch.device, stream: int, needed: int) -> Tensor:
+    """Tickets, and at least so many counters behind them."""
+    key = (device.index, stream, module.capture_id(stream))
+    held = _tickets.get(key)
+    if held is None or held.shape[0] < TICKETS + needed:
+        # powers of two: growing costs a fill
+        size = TICKETS + max(SOME_COUNTERS, 1 << (needed - 1).bit_length() if needed else 0)
+        held = _tickets.keep(key, torch.zeros(size, dtype=torch.int32, device=device))
+    return held
 
 
 def _on_borders(x: Tensor) -> Tensor:
@@ -128,7 +169,7 @@ def _takes_many(call: Call) -> str | None:
         if option in call.features:
             return f"{where} the CUDA kernel has no {option if option == 'softcap' else option.upper()}"
     if "backward" in call.features and (why := triton._missing()):
-        return f"its gradient is Triton's, and {why}"
+        return f"its gradient needs what Triton's kernels prepare, and {why}"
     if not _has_many(call.device.index):
         return f"the CUDA kernel takes at most {MOST_ROWS} query rows but on Hopper, in a build for 90a"
     return None
@@ -142,6 +183,11 @@ def hands_over(call: Call) -> str | None:
 def _has_many(index: int | None) -> bool:
     index = torch.cuda.current_device() if index is None else index
     return _ext.unavailable(index) is None and _ext.load().span_attention_many_here(index)
+
+
+def _has_many_backward(index: int | None) -> bool:
+    index = torch.cuda.current_device() if index is None else index
+    return _ext.load().span_attention_many_backward_here(index)
 
 
 # a constant to torch.compile, as in cuda.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import span_attention
+from ..ops.span_attention import span_attention
 from .cases import Case
 from .inputs import make_inputs
 

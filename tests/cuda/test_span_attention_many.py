@@ -111,13 +111,43 @@ def test_sink_logits_in_both_dtypes(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(own), wide, strict=True))
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[5], Case(2, 4, 2, 200, 200, 64, "packed", FP16)], ids=str)
-def test_gradients_are_those_of_triton(case: Case) -> None:
+GRADIENTS = [
+    CASES[0],
+    Case(2, 8, 2, 777, 777, 128, "wait_k", BF16, sharp=8.0),
+    Case(1, 28, 4, 65, 4161, 128, "bottom_right", BF16),
+    Case(2, 14, 2, 1023, 1023, 64, "window", BF16),
+    Case(3, 6, 3, 300, 300, 128, "packed", BF16, layout="packed_qkv"),
+    Case(2, 4, 4, 128, 128, 64, "causal", BF16, layout="bhtd"),
+    Case(1, 32, 32, 2048, 2048, 128, "wait_k", BF16),
+    # Triton's
+    CASES[5],
+    Case(2, 4, 2, 200, 200, 64, "packed", FP16),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_gradients(case: Case) -> None:
     x = make_inputs(case, "cuda")
     ours = forward_and_backward(both, x, backend="cuda")
     plain = forward_and_backward(dense_attention, x)
     exact = forward_and_backward(dense_attention, x.to(torch.float64))
     assert_all_accurate(x, ours, plain, exact)
+    for _ in range(10):
+        again = forward_and_backward(both, x, backend="cuda")
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("N", [1, 2])
+@pytest.mark.parametrize("T, S, H", [(70, 700, 7), (300, 65, 2), (513, 700, 14)])
+def test_gradients_of_any_spans(N: int, T: int, S: int, H: int) -> None:
+    """Holes everywhere, rows that see nothing; the keys and values that nobody sees are NaN."""
+    x = make_inputs(Case(2, H, 1, T, S, 128, "empty", BF16), "cuda")
+    x = replace(x, spans=random_spans(2, T, S, N, torch.Generator().manual_seed(T + N)).to("cuda"))
+    seen = x.spans.visible(S).any(2)[:, :1].expand(2, 1, S).unsqueeze(-1)
+    spoiled = replace(x, k=x.k.masked_fill(~seen, NAN), v=x.v.masked_fill(~seen, NAN))
+    plain = forward_and_backward(dense_attention, x)
+    exact = forward_and_backward(dense_attention, x.to(torch.float64))
+    assert_all_accurate(x, forward_and_backward(both, spoiled, backend="cuda"), plain, exact)
 
 
 def test_rows_that_maps_cannot_describe_are_copied() -> None:

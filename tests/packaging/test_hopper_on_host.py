@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamkernels import Spans, _ext
-from streamkernels.backends import cuda_span_attention
+from streamkernels import Spans, _ext, span_attention
+from streamkernels.backends import cuda_span_attention, triton
 from streamkernels.backends.room import Held
+from streamkernels.reference.prepare import prepare as reference_prepare
 from streamkernels.testing.cases import Case
 from streamkernels.testing.compare import assert_accurate
 from streamkernels.testing.dense import dense_attention
+from streamkernels.testing.gradients import assert_all_accurate, forward_and_backward
 from streamkernels.testing.inputs import Inputs, make_inputs, random_spans
 
 NAN = float("nan")
@@ -39,8 +41,17 @@ class Host:
             *given, _device, tickets, _stream = arguments
             extension.span_attention_many(*given, 0, tickets, 0)
 
-        stand_in = SimpleNamespace(span_attention_many=many, capture_id=lambda stream: 0)
+        def many_backward(*arguments) -> None:
+            *given, _device, work, tickets, counters, _stream = arguments
+            extension.span_attention_many_backward(*given, 0, work, tickets, counters, 0)
+
+        stand_in = SimpleNamespace(
+            span_attention_many=many, span_attention_many_backward=many_backward, capture_id=lambda stream: 0,
+            span_attention_many_work=lambda *sizes: extension.span_attention_many_work(*sizes[:-1], 0),
+        )  # fmt: skip
         monkeypatch.setattr(_ext, "load", lambda: stand_in)
+        monkeypatch.setattr(cuda_span_attention, "_has_many_backward", lambda index: True)
+        monkeypatch.setattr(triton, "prepare", reference_prepare)
         monkeypatch.setattr(cuda_span_attention, "stream_of", lambda device: 0)
         monkeypatch.setattr(cuda_span_attention, "_tickets", self.held)
 
@@ -52,8 +63,33 @@ class Host:
             x.q, x.k, x.v, x.spans.bounds, tuple(int(rule) for rule in x.spans.rules), *[None] * 7, x.sink_logits,
             None, None, x.scale, 0.0,
         )  # fmt: skip
-        assert [tickets.tolist() for tickets in self.held.things.values()] == [[0, 0]]
+        self.check_counters()
         return o, lse
+
+    def check_counters(self) -> None:
+        (held,) = self.held.things.values()
+        assert held.count_nonzero() == 0
+
+    def run_backward(self, x: Inputs, o: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...]:
+        *gradients, dsink_logits = cuda_span_attention.span_attention_backward(
+            x.do, dlse, x.q, x.k, x.v, o, lse, x.spans.bounds, tuple(int(rule) for rule in x.spans.rules), *[None] * 10,
+            x.scale, 0.0,
+        )  # fmt: skip
+        self.check_counters()
+        assert dsink_logits is None
+        return tuple(gradients)
+
+    def check_backward(self, x: Inputs, with_dlse: bool = True) -> tuple[Tensor, ...]:
+        """Accurate, whatever keys and values that nobody sees are."""
+        dirty = spoiled(x)
+        o, lse = self.run(dirty)
+        found = self.run_backward(dirty, o, lse, x.dlse if with_dlse else None)
+        if not with_dlse:
+            x = replace(x, dlse=torch.zeros_like(x.dlse))
+        plain = forward_and_backward(dense_attention, x)
+        exact = forward_and_backward(dense_attention, x.to(torch.float64))
+        assert_all_accurate(x, (o, lse, *found), plain, exact)
+        return found
 
     def check(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Accurate, whatever keys and values that nobody sees are."""
@@ -81,12 +117,15 @@ def spoiled(x: Inputs) -> Inputs:
     return replace(x, k=x.k.masked_fill(hidden, NAN), v=x.v.masked_fill(hidden, NAN))
 
 
-@pytest.mark.parametrize("pace", [AT_ONCE, LATE, ANY_TIME])
-@pytest.mark.parametrize("case", [
+CASES = [
     Case(1, 2, 1, 300, 300, 64, "wait_k", torch.bfloat16),
     Case(2, 2, 2, 130, 130, 64, "causal", torch.float16, sharp=8.0, sink_logits=True, layout="packed_qkv"),
     Case(1, 4, 2, 66, 450, 128, "bottom_right", torch.bfloat16),
-], ids=str)  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("pace", [AT_ONCE, LATE, ANY_TIME])
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_accurate_at_any_pace(host: Host, case: Case, pace: int) -> None:
     x = make_inputs(case)
     host.pace(AT_ONCE)
@@ -94,6 +133,69 @@ def test_accurate_at_any_pace(host: Host, case: Case, pace: int) -> None:
     for seed in range(2 if pace == ANY_TIME else 1):
         host.pace(pace, seed)
         assert all(torch.equal(a, b) for a, b in zip(first, host.run(spoiled(x)), strict=True))
+
+
+@pytest.mark.parametrize("pace", [AT_ONCE, LATE, ANY_TIME])
+@pytest.mark.parametrize("case", [
+    Case(1, 6, 2, 300, 300, 64, "wait_k", torch.bfloat16),
+    Case(2, 2, 2, 130, 130, 64, "causal", torch.bfloat16, sharp=8.0, layout="packed_qkv"),
+    Case(1, 4, 2, 66, 450, 128, "bottom_right", torch.bfloat16),
+], ids=str)  # fmt: skip
+def test_gradients_at_any_pace(host: Host, case: Case, pace: int) -> None:
+    x = make_inputs(case)
+    first = host.check_backward(x)
+    o, lse = host.run(x)
+    for seed in range(2 if pace == ANY_TIME else 1):
+        host.pace(pace, seed)
+        again = host.run_backward(spoiled(x), o, lse, x.dlse)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("N", [1, 2])
+@pytest.mark.parametrize("H", [1, 7])
+def test_gradients_of_any_spans(host: Host, N: int, H: int) -> None:
+    T, S = 200, 330
+    x = make_inputs(Case(2, H, 1, T, S, 64, "bottom_right", torch.bfloat16))
+    bounds = random_spans(2, T, S, N, torch.Generator().manual_seed(N)).bounds.clone()
+    bounds[0, 128:].clamp_(min=150)
+    host.pace(ANY_TIME, N)
+    host.check_backward(replace(x, spans=Spans(bounds)), with_dlse=H > 1)
+
+
+def test_gradients_that_are_left_to_triton(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "span_attention_backward", lambda *a: (None, None, None, None))
+    for T, dtype, sinks in ((64, torch.bfloat16, False), (65, torch.float16, False), (65, torch.bfloat16, True)):
+        x = make_inputs(Case(1, 2, 1, T, T, 64, "causal", dtype, sink_logits=sinks))
+        tensors = (x.do, None, x.q, x.k, x.v, x.q, torch.zeros(1, 2, T), x.spans.bounds)
+        rest = *[None] * 7, x.sink_logits, None, None, x.scale, 0.0
+        found = cuda_span_attention.span_attention_backward(*tensors, (0,), *rest)
+        assert found == (None, None, None, None)
+
+
+def test_overlapping_slots_count_twice(host: Host) -> None:
+    x = make_inputs(Case(1, 4, 2, 150, 170, 64, "bottom_right", torch.bfloat16))
+    bounds = torch.tensor([[0, 150], [20, 170]], dtype=torch.int32).repeat(1, 150, 1, 1)
+    bounds[:, 70:, 0, 1] = torch.arange(60, 140)
+    x = replace(x, spans=Spans(bounds))
+    wide = x.to(torch.float64)
+    leaves = wide.q.requires_grad_(), wide.k.requires_grad_(), wide.v.requires_grad_()
+    o, lse = span_attention(*leaves, x.spans, scale=x.scale, return_lse=True, backend="reference")
+    exact = (o, lse, *torch.autograd.grad((o, lse), leaves, (wide.do, wide.dlse)))
+    found = host.run(x)
+    found += host.run_backward(x, *found, x.dlse)
+    for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), found, exact, strict=True):
+        assert (a.double() - b).norm() < 4e-3 * b.norm(), name
+
+
+def test_gradients_where_little_is_seen(host: Host) -> None:
+    """Keys and rows without gradients get zeros."""
+    x = make_inputs(Case(1, 2, 1, 260, 300, 64, "bottom_right", torch.bfloat16))
+    bounds = torch.zeros(1, 260, 1, 2, dtype=torch.int32)
+    bounds[0, 130, 0] = torch.tensor([17, 18])
+    bounds[0, 131:140, 0] = torch.tensor([140, 290])
+    dq, dk, dv = host.check_backward(replace(x, spans=Spans(bounds)))
+    assert dq[:, :, :130].count_nonzero() == 0 and dk[:, :, :17].count_nonzero() == 0
+    assert dv[:, :, 18:140].count_nonzero() == 0 and dv[:, :, 290:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("N", [1, 2])

@@ -35,6 +35,49 @@ __device__ __noinline__ void clean_values(char* values, const int2* bounds, Keys
   meet<kReaders>(kReadersMeet);
 }
 
+// Which keys of the tile the thread's two rows see: key 8 n + 2 (lane % 4) + j is bit 2 n + j. `bounds`: of the item's
+// rows in the tile's slot.
+__device__ __forceinline__ uint32_t below(int key) {
+  const int bits = max(key, 0) / 8 * 2 + min(max(key, 0) % 8, 2);
+  return bits >= 32 ? ~0u : (1u << bits) - 1;
+}
+template <class S>
+__device__ __forceinline__ void look(const int2* bounds, const Keys& tile, uint32_t (&seen)[2]) {
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = tile.first + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int2 x = bounds[row + 8 * i];
+    seen[i] = below(x.y - column) & ~below(max(x.x, tile.fresh) - column);
+  }
+}
+// What they do not see becomes `hidden`.
+template <class S>
+__device__ __forceinline__ void hide(float (&s)[S::kKeys / 8][4], const uint32_t (&seen)[2], float hidden) {
+#pragma unroll
+  for (int n = 0; n < S::kKeys / 8; ++n) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (!(seen[j / 2] & 1u << (2 * n + j % 2))) s[n][j] = hidden;
+    }
+  }
+}
+
+// A warp's 16 rows of a state, times a factor for each row, to panels in shared memory; `rows`: the first one's
+// address.
+template <class S>
+__device__ __forceinline__ void store_rows(const State<S>& state, const float (&factor)[2], uint32_t rows) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < S::D / 8; n += 2) {
+    const uint32_t x[4] = {pack<typename S::Element>(state.o[n][0] * factor[0], state.o[n][1] * factor[0]),
+                           pack<typename S::Element>(state.o[n][2] * factor[1], state.o[n][3] * factor[1]),
+                           pack<typename S::Element>(state.o[n + 1][0] * factor[0], state.o[n + 1][1] * factor[0]),
+                           pack<typename S::Element>(state.o[n + 1][2] * factor[1], state.o[n + 1][3] * factor[1])};
+    const int chunk = n + lane / 16;
+    store_matrices(rows + chunk / 8 * S::kRows * 128 + lane % 16 * 128 + (chunk % 8 ^ lane % 8) * 16, x);
+  }
+}
+
 template <class S>
 struct Reader {
   using Element = typename S::Element;
@@ -58,29 +101,6 @@ struct Reader {
   __device__ __forceinline__ uint32_t keys_word(int stage) const { return low_word(room.keys(stage), 16); }
   __device__ __forceinline__ uint32_t values_word(int stage) const {
     return low_word(room.values(stage), S::kKeys * 128);
-  }
-
-  // Which keys of the tile the thread's two rows see: key 8 n + 2 (lane % 4) + j is bit 2 n + j.
-  __device__ __forceinline__ void look(const Keys& tile, int place, uint32_t (&seen)[2]) const {
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = tile.first + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int2 x = room.bounds(place, tile.slot)[row + 8 * i];
-      seen[i] = below(x.y - column) & ~below(max(x.x, tile.fresh) - column);
-    }
-  }
-  static __device__ __forceinline__ uint32_t below(int key) {
-    const int bits = max(key, 0) / 8 * 2 + min(max(key, 0) % 8, 2);
-    return bits >= 32 ? ~0u : (1u << bits) - 1;
-  }
-  static __device__ __forceinline__ void hide(Scores& s, const uint32_t (&seen)[2]) {
-#pragma unroll
-    for (int n = 0; n < S::kKeys / 8; ++n) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (!(seen[j / 2] & 1u << (2 * n + j % 2))) s[n][j] = -INFINITY;
-      }
-    }
   }
 
   // What scores are weighed by. A row that has seen nothing: what it sees first is far too large for it, and what it
@@ -145,10 +165,10 @@ struct Reader {
     begin_values<S, S::kKeys>(state, weights, v);
     close_products();
     uint32_t seen[2];
-    if (tile.kind != kWhole) look(tile, place.at, seen);
+    if (tile.kind != kWhole) look<S>(room.bounds(place.at, tile.slot), tile, seen);
     wait_products<1>();
     arrive(room.keys_empty(stage.at));
-    if (tile.kind != kWhole) hide(s, seen);
+    if (tile.kind != kWhole) hide<S>(s, seen, -INFINITY);
     Weights own;
     float alpha[2];
     const bool raised = weigh_scores<false>(s, own, alpha);
@@ -192,15 +212,7 @@ struct Reader {
     // all warps of the group have read the queries
     meet<kGroup>(kGroupMeets + warp / 4);
     const uint32_t rows = room.queries(place) + warp * 16 * 128;
-#pragma unroll
-    for (int n = 0; n < S::D / 8; n += 2) {
-      const uint32_t x[4] = {pack<Element>(state.o[n][0] * gate[0], state.o[n][1] * gate[0]),
-                             pack<Element>(state.o[n][2] * gate[1], state.o[n][3] * gate[1]),
-                             pack<Element>(state.o[n + 1][0] * gate[0], state.o[n + 1][1] * gate[0]),
-                             pack<Element>(state.o[n + 1][2] * gate[1], state.o[n + 1][3] * gate[1])};
-      const int chunk = n + lane / 16;
-      store_matrices(rows + chunk / 8 * S::kRows * 128 + lane % 16 * 128 + (chunk % 8 ^ lane % 8) * 16, x);
-    }
+    store_rows<S>(state, gate, rows);
     publish();
     __syncwarp();
     if (lane == 0) {
@@ -246,7 +258,7 @@ struct Reader {
     begin_scores<S, S::kKeys>(s, q, k);
     close_products();
     uint32_t seen[2];
-    if (more && before.kind != kWhole) look(before, place.at, seen);
+    if (more && before.kind != kWhole) look<S>(room.bounds(place.at, before.slot), before, seen);
     wait_products<1>();
     if (!first) {
       arrive(room.values_empty(old.at));
@@ -256,7 +268,7 @@ struct Reader {
     if (more) {
       arrive(room.keys_empty(stage.at));
       stage.advance();
-      if (before.kind != kWhole) hide(s, seen);
+      if (before.kind != kWhole) hide<S>(s, seen, -INFINITY);
       state.clear();
       float alpha[2];
       weigh_scores<true>(s, weights, alpha);

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "span_attention/hopper/kernel.cuh"
+#include "span_attention/hopper/maps.h"
 #include "streamkernels/error.h"
 #include "streamkernels/runtime.h"
 
@@ -26,43 +27,6 @@ Instance choose(int D) {
 }
 Instance choose(DType dtype, int D) {
   return dtype == DType::kFloat16 ? choose<Float16>(D) : choose<BFloat16>(D);
-}
-
-// cuTensorMapEncodeTiled, from the driver: this library links none
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-Encode encoder() {
-  static std::atomic<Encode> known;
-  Encode encode = known.load();
-  if (encode != nullptr) return encode;
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-        "span_attention: asking the driver for cuTensorMapEncodeTiled");
-  if (result != cudaDriverEntryPointSuccess) throw NotSupported("span_attention: the driver has no tensor maps");
-  known = encode = reinterpret_cast<Encode>(found);
-  return encode;
-}
-
-// [B, heads, rows, D] in boxes of `box` rows and 64 columns.
-CUtensorMap map_of(const void* data, DType dtype, int B, int heads, int rows, int D, int64_t batch, int64_t head,
-                   int64_t row, int box) {
-  const cuuint64_t sizes[4] = {cuuint64_t(D), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(B)};
-  // a stride that nothing is multiplied by may be anything, and the driver wants multiples of 16 bytes
-  const auto bytes = [](int64_t stride, int size) { return cuuint64_t(size == 1 ? 16 : stride * 2); };
-  const cuuint64_t strides[3] = {bytes(row, rows), bytes(head, heads), bytes(batch, B)};
-  const cuuint32_t boxes[4] = {64, cuuint32_t(box), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  CUtensorMap map;
-  const CUresult result =
-      encoder()(&map, type, 4, const_cast<void*>(data), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw CudaError(result, "span_attention: q: the driver made no tensor map");
-  return map;
-}
-CUtensorMap map_of(const Rows& x, DType dtype, int B, int heads, int rows, int D) {
-  return map_of(x.data, dtype, B, heads, rows, D, x.batch, x.head, x.row, 128);
 }
 
 // An image for GPUs without warpgroup products has nothing in it.
@@ -88,6 +52,8 @@ bool allow(int device) {
   return true;
 }
 
+}  // namespace
+
 const char* refuses(const Params& p, int device) {
   if (!here(device))
     return "span_attention: q: the kernel for many rows needs compute capability 9.0, and a build for 90a";
@@ -99,8 +65,6 @@ const char* refuses(const Params& p, int device) {
   if (p.S < 1) return "span_attention: k: the kernel for many rows needs a key";
   return nullptr;
 }
-
-}  // namespace
 
 bool here(int device) {
   static std::atomic<int> known[kMaxDevices];  // 1: no, 2: yes
@@ -115,10 +79,9 @@ void launch(const Params& p, int* tickets, DType dtype, int device, uintptr_t st
   const DeviceGuard guard(device);
   const Instance instance = choose(dtype, p.D);
   const Call c = make_call(p, tickets);
-  const CUtensorMap q = map_of(p.q, dtype, p.B, p.H, p.T, p.D), k = map_of(p.k, dtype, p.B, p.HK, p.S, p.D),
-                    v = map_of(p.v, dtype, p.B, p.HK, p.S, p.D);
-  const int64_t row = int64_t{p.H} * p.D;
-  const CUtensorMap o = map_of(p.o, dtype, p.B, p.H, p.T, p.D, p.T * row, p.D, row, 16);
+  const CUtensorMap q = map_of(p.q, dtype, p.B, p.H, p.T, p.D, 128), k = map_of(p.k, dtype, p.B, p.HK, p.S, p.D, 128),
+                    v = map_of(p.v, dtype, p.B, p.HK, p.S, p.D, 128);
+  const CUtensorMap o = map_of_rows_first(p.o, dtype, p.B, p.H, p.T, p.D, 16);
   const int blocks = std::min(c.items, multiprocessors(device));
   launch_overlapped("span_attention", instance.kernel, blocks, kThreads, instance.shared, device, stream, q, k, v, o,
                     c);

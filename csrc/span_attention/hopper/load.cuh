@@ -1,5 +1,6 @@
-// The warp that fetches: which item the block takes next, which tiles of keys its rows see, and all of it into shared
-// memory, as far ahead as there is room.
+// The warp that fetches: which item the block takes next, which tiles of keys
+// its rows see, and all of it into shared memory, as far ahead as there is
+// room.
 #pragma once
 
 #include <climits>
@@ -13,12 +14,12 @@
 namespace sk::span_attention::hopper {
 
 // 128 rows, panel by panel
-template <class S>
+template <class S, int ROWS = 128>
 __device__ __forceinline__ void load_rows(uint32_t to, const CUtensorMap* map, uint32_t barrier, int row, int head,
                                           int b) {
 #pragma unroll
   for (int panel = 0; panel < S::kPanels; ++panel) {
-    load_box(to + panel * 128 * 128, map, barrier, panel * 64, row, head, b);
+    load_box(to + panel * ROWS * 128, map, barrier, panel * 64, row, head, b);
   }
 }
 
@@ -31,6 +32,92 @@ struct Hull {
   __device__ __forceinline__ bool gapless() const { return last_begin <= first_end; }
 };
 
+template <int EACH>
+__device__ __forceinline__ Hull hull_of(const int2 (&rows)[EACH], int first_row, int T) {
+  Hull x{INT_MAX, 0, 0, INT_MAX, true};
+#pragma unroll
+  for (int n = 0; n < EACH; ++n) {
+    if (first_row + n * 32 >= T) continue;
+    if (rows[n].x < rows[n].y) {
+      x.begin = min(x.begin, rows[n].x), x.end = max(x.end, rows[n].y);
+      x.last_begin = max(x.last_begin, rows[n].x), x.first_end = min(x.first_end, rows[n].y);
+    } else {
+      x.all = false;
+    }
+  }
+  x.begin = __reduce_min_sync(~0u, x.begin), x.end = __reduce_max_sync(~0u, x.end);
+  x.last_begin = __reduce_max_sync(~0u, x.last_begin), x.first_end = __reduce_min_sync(~0u, x.first_end);
+  x.all = __all_sync(~0u, x.all);
+  return x;
+}
+
+template <int KEYS>
+__device__ __forceinline__ int tiles_of(const Hull& x) {
+  return x.begin < x.end ? (x.end - x.begin + KEYS - 1) / KEYS : 0;
+}
+
+// Tile i of a slot. Where no key of the hull is seen by nobody, the last one
+// ends with it: what lies outside may be anything.
+template <int KEYS>
+__device__ __forceinline__ Keys tile_of(const Hull& x, int slot, int i) {
+  const bool gapless = x.gapless(), solid = gapless && x.end - x.begin >= KEYS;
+  Keys tile;
+  tile.fresh = x.begin + i * KEYS;
+  tile.first = solid ? min(tile.fresh, x.end - KEYS) : tile.fresh;
+  tile.end = x.end;
+  tile.slot = static_cast<int16_t>(slot);
+  const bool whole =
+      solid && x.all && tile.first == tile.fresh && tile.fresh >= x.last_begin && tile.fresh + KEYS <= x.first_end;
+  tile.kind = static_cast<int16_t>(whole ? kWhole : solid ? kMasked : gapless ? kShort : kHoles);
+  return tile;
+}
+
+// Which item the n-th one is: as many heads as have their keys in the L2
+// together, their last rows first, since those have most keys.
+struct Place {
+  int head, b, h, block;
+  __device__ __forceinline__ Place(const Call& c, int item) {
+    const int heads = c.together * c.blocks, set = item / heads, rest = item - set * heads;
+    head = set * c.together + rest % c.together, b = head / c.H, h = head - b * c.H;
+    block = c.blocks - 1 - rest / c.together;
+  }
+};
+
+// What an item's rows see: a warp asks for it, and later knows what to fetch.
+struct Sights {
+  static constexpr int kEach = kRows / 32;
+  int2 rows[kMaxSlots][kEach];
+
+  __device__ __forceinline__ void fetch(const Call& c, const Place& at, bool really) {
+#pragma unroll
+    for (int slot = 0; slot < kMaxSlots; ++slot) {
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) {
+        const int t = at.block * kRows + n * 32 + threadIdx.x % 32;
+        rows[slot][n] = make_int2(0, 0);
+        if (really && t < c.T && slot < c.N) rows[slot][n] = __ldg(c.bounds + (int64_t{at.b} * c.T + t) * c.N + slot);
+      }
+    }
+  }
+  // To `bounds` in shared memory; the hulls of the slots, and how many tiles they are.
+  template <int KEYS>
+  __device__ __forceinline__ int put(const Call& c, const Place& at, Hull (&hulls)[kMaxSlots], int2* bounds) {
+    const int lane = threadIdx.x % 32;
+    int tiles = 0;
+#pragma unroll
+    for (int slot = 0; slot < kMaxSlots; ++slot) {
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) {
+        rows[slot][n] = make_int2(max(rows[slot][n].x, 0), min(rows[slot][n].y, c.S));
+        bounds[slot * kRows + lane + n * 32] = rows[slot][n];
+      }
+      hulls[slot] = hull_of(rows[slot], at.block * kRows + lane, c.T);
+      tiles += tiles_of<KEYS>(hulls[slot]);
+    }
+    return tiles;
+  }
+};
+
 template <class S>
 struct Loader {
   const CUtensorMap *q, *k, *v;
@@ -38,30 +125,6 @@ struct Loader {
   Room<S> room;
   Ring<S::kItems> place;
   Ring<S::kStages> stage;
-  static constexpr int kEach = S::kRows / 32;
-
-  __device__ __forceinline__ static Hull hull_of(const int2 (&rows)[kEach], int first_row, int T) {
-    Hull x{INT_MAX, 0, 0, INT_MAX, true};
-#pragma unroll
-    for (int n = 0; n < kEach; ++n) {
-      if (first_row + n * 32 >= T) continue;
-      if (rows[n].x < rows[n].y) {
-        x.begin = min(x.begin, rows[n].x), x.end = max(x.end, rows[n].y);
-        x.last_begin = max(x.last_begin, rows[n].x), x.first_end = min(x.first_end, rows[n].y);
-      } else {
-        x.all = false;
-      }
-    }
-    x.begin = __reduce_min_sync(~0u, x.begin), x.end = __reduce_max_sync(~0u, x.end);
-    x.last_begin = __reduce_max_sync(~0u, x.last_begin), x.first_end = __reduce_min_sync(~0u, x.first_end);
-    x.all = __all_sync(~0u, x.all);
-    return x;
-  }
-
-  __device__ __forceinline__ static int tiles_of(const Hull& x) {
-    return x.begin < x.end ? (x.end - x.begin + S::kKeys - 1) / S::kKeys : 0;
-  }
-
   // One tile of keys and its values; by one thread.
   __device__ __forceinline__ void fetch(const Keys& tile, int hk, int b) {
     const int s = stage.at;
@@ -74,48 +137,24 @@ struct Loader {
     load_rows<S>(room.values(s), v, room.values_full(s), tile.first, hk, b);
   }
 
-  // The tiles of one slot. Where no key of the hull is seen by nobody, the last one ends with it: values outside may
-  // be anything.
   __device__ __forceinline__ void fetch_slot(const Hull& x, int slot, int hk, int b) {
-    const int tiles = tiles_of(x);
-    const bool gapless = x.gapless(), solid = gapless && x.end - x.begin >= S::kKeys;
+    const int tiles = tiles_of<S::kKeys>(x);
     for (int i = 0; i < tiles; ++i) {
-      if (threadIdx.x % 32 == 0) {
-        Keys tile;
-        tile.fresh = x.begin + i * S::kKeys;
-        tile.first = solid ? min(tile.fresh, x.end - S::kKeys) : tile.fresh;
-        tile.end = x.end;
-        tile.slot = static_cast<int16_t>(slot);
-        const bool whole = solid && x.all && tile.first == tile.fresh && tile.fresh >= x.last_begin &&
-                           tile.fresh + S::kKeys <= x.first_end;
-        tile.kind = static_cast<int16_t>(whole ? kWhole : solid ? kMasked : gapless ? kShort : kHoles);
-        fetch(tile, hk, b);
-      }
+      if (threadIdx.x % 32 == 0) fetch(tile_of<S::kKeys>(x, slot, i), hk, b);
       stage.advance();
     }
   }
 
   __device__ __forceinline__ void run() {
-    const int lane = threadIdx.x % 32, heads = c.together * c.blocks;
+    const int lane = threadIdx.x % 32;
     int item = blockIdx.x;
     for (;;) {
       const bool more = item < c.items;
       int next = 0;
       if (more && lane == 0) next = atomicAdd(c.tickets, 1) + static_cast<int>(gridDim.x);
-      // as many heads as have their keys in the L2 together, their last rows first: those have most keys
-      const int set = item / heads, rest = item - set * heads;
-      const int head = set * c.together + rest % c.together, b = head / c.H, h = head - b * c.H;
-      const int block = c.blocks - 1 - rest / c.together, first_row = block * S::kRows + lane;
-      int2 rows[kMaxSlots][kEach];
-#pragma unroll
-      for (int slot = 0; slot < kMaxSlots; ++slot) {
-#pragma unroll
-        for (int n = 0; n < kEach; ++n) {
-          const int t = first_row + n * 32;
-          rows[slot][n] = make_int2(0, 0);
-          if (more && t < c.T && slot < c.N) rows[slot][n] = __ldg(c.bounds + (int64_t{b} * c.T + t) * c.N + slot);
-        }
-      }
+      const Place at(c, item);
+      Sights sights;
+      sights.fetch(c, at, more);
       barrier_wait(room.item_empty(place.at), place.phase ^ 1);
       const uint32_t full = room.item_full(place.at);
       if (!more) {
@@ -128,32 +167,22 @@ struct Loader {
       }
       if (lane == 0) {
         barrier_expect(full, S::kQuery);
-        load_rows<S>(room.queries(place.at), q, full, block * S::kRows, h, b);
+        load_rows<S>(room.queries(place.at), q, full, at.block * S::kRows, at.h, at.b);
       }
       Hull hulls[kMaxSlots];
-      int tiles = 0;
-#pragma unroll
-      for (int slot = 0; slot < kMaxSlots; ++slot) {
-#pragma unroll
-        for (int n = 0; n < kEach; ++n) {
-          rows[slot][n] = make_int2(max(rows[slot][n].x, 0), min(rows[slot][n].y, c.S));
-          room.bounds(place.at, slot)[lane + n * 32] = rows[slot][n];
-        }
-        hulls[slot] = hull_of(rows[slot], first_row, c.T);
-        tiles += tiles_of(hulls[slot]);
-      }
+      const int tiles = sights.template put<S::kKeys>(c, at, hulls, room.bounds(place.at, 0));
       __syncwarp();
       if (lane == 0) {
-        room.item(place.at) = {head, block, max(tiles, 1)};
+        room.item(place.at) = {at.head, at.block, max(tiles, 1)};
         barrier_arrive(full);
       }
       place.advance();
-      const int hk = h / c.group;
+      const int hk = at.h / c.group;
 #pragma unroll
-      for (int slot = 0; slot < kMaxSlots; ++slot) fetch_slot(hulls[slot], slot, hk, b);
+      for (int slot = 0; slot < kMaxSlots; ++slot) fetch_slot(hulls[slot], slot, hk, at.b);
       if (tiles == 0) {
         // a tile that nobody sees
-        if (lane == 0) fetch({0, 0, 0, 0, kShort}, hk, b);
+        if (lane == 0) fetch({0, 0, 0, 0, kShort}, hk, at.b);
         stage.advance();
       }
       item = __shfl_sync(~0u, next, 0);

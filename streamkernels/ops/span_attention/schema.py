@@ -47,8 +47,7 @@ def run_backward(
     """What the backward op does, without the dispatcher; dlse None is zeros, and d sink_logits None without them."""
     *given, backend = options
     if backend != "reference":
-        # CUDA's too, which has a forward alone
-        return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *given)
+        return {"triton": triton, "cuda": cuda}[backend].span_attention_backward(do, dlse, q, k, v, o, lse, *given)
     spans, sink_logits, scale, softcap = _read(given)
     if dlse is None:
         dlse = torch.zeros_like(lse)

@@ -1,6 +1,9 @@
 // span_attention's kernel for many rows run on the host: its own source but for ptx.cuh, barrier.cuh and wgmma.cuh.
 #include "hopper_on_host.h"
 
+#include "span_attention/hopper/backward_plan.h"
+#include "span_attention/hopper/dkdv/kernel.cuh"
+#include "span_attention/hopper/dq/kernel.cuh"
 #include "span_attention/hopper/kernel.cuh"
 
 namespace {
@@ -18,28 +21,46 @@ namespace sk::span_attention::hopper {
 
 namespace {
 
+Rows rows_first(void* data, int heads, int rows, int D) {
+  const int64_t row = int64_t{heads} * D;
+  return {data, rows * row, D, row};
+}
 CUtensorMap map_of(const Rows& x, int heads, int rows, const Params& p, int box) {
   return {static_cast<char*>(x.data), {2, 2 * x.row, 2 * x.head, 2 * x.batch}, {p.D, rows, heads, p.B}, box};
 }
 
-template <class S>
-void run(const Params& p, const Call& c) {
-  static_assert(S::kShared <= host::kMemory, "");
-  const int64_t row = int64_t{p.H} * p.D;
-  const CUtensorMap q = map_of(p.q, p.H, p.T, p, kRows), k = map_of(p.k, p.HK, p.S, p, S::kKeys),
-                    v = map_of(p.v, p.HK, p.S, p, S::kKeys), o = map_of({p.o, p.T * row, p.D, row}, p.H, p.T, p, 16);
-  const unsigned blocks = static_cast<unsigned>(std::min(c.items, kProcessors));
-  // one after the other: the first one takes what the others do not begin with
+// One block after the other: the first one takes what the others do not begin with.
+template <typename Kernel, typename... Args>
+void run(Kernel kernel, int items, const Args&... args) {
+  const unsigned blocks = static_cast<unsigned>(std::min(items, kProcessors));
   for (unsigned block = 0; block < blocks; ++block) {
     host::prepare(seed + block, pace);
-    host::launch_one(attend_kernel<S>, block, blocks, kThreads, q, k, v, o, c);
+    host::launch_one(kernel, block, blocks, kThreads, args...);
     host::tidy_up();
   }
 }
 
-template <typename Element>
-void run_of(const Params& p, const Call& c) {
-  p.D == 64 ? run<Shape<Element, 64>>(p, c) : run<Shape<Element, 128>>(p, c);
+template <class S>
+void attend(const Params& p, const Call& c) {
+  static_assert(S::kShared <= host::kMemory, "");
+  const CUtensorMap q = map_of(p.q, p.H, p.T, p, kRows), k = map_of(p.k, p.HK, p.S, p, S::kKeys),
+                    v = map_of(p.v, p.HK, p.S, p, S::kKeys),
+                    o = map_of(rows_first(p.o, p.H, p.T, p.D), p.H, p.T, p, 16);
+  run(attend_kernel<S>, c.items, q, k, v, o, c);
+}
+
+template <typename Element, int D>
+void derive(const Backward& x) {
+  const Params& p = x.p;
+  const Cut cut(p.B, p.H, p.HK, p.T, p.S, kProcessors);
+  const auto of_rows = [&](const Rows& of, int box) { return map_of(of, p.H, p.T, p, box); };
+  const auto of_keys = [&](const Rows& of, int box) { return map_of(of, p.HK, p.S, p, box); };
+  const Call c = make_call(p, x.tickets);
+  run(dq::dq_kernel<dq::Shape<Element, D>>, c.items, of_rows(p.q, 128), of_rows(x.dout, 128), of_keys(p.k, 64),
+      of_keys(p.v, 64), of_rows(rows_first(x.dq, p.H, p.T, D), 16), c, inputs_of(x, cut));
+  const dkdv::Call d = call_of(x, cut);
+  run(dkdv::dkdv_kernel<dkdv::Shape<Element, D>>, d.items, of_rows(p.q, 64), of_rows(x.dout, 64), of_keys(p.k, 128),
+      of_keys(p.v, 128), of_keys(rows_first(x.dk, p.HK, p.S, D), 16), of_keys(rows_first(x.dv, p.HK, p.S, D), 16), d);
 }
 
 }  // namespace
@@ -52,7 +73,18 @@ void preload(int) {}
 void launch(const Params& p, int* tickets, DType dtype, int, uintptr_t) {
   if (p.B == 0 || p.H == 0 || p.T == 0) return;
   const Call c = make_call(p, tickets);
-  dtype == DType::kFloat16 ? run_of<Float16>(p, c) : run_of<BFloat16>(p, c);
+  if (dtype == DType::kFloat16) return p.D == 64 ? attend<Shape<Float16, 64>>(p, c) : attend<Shape<Float16, 128>>(p, c);
+  return p.D == 64 ? attend<Shape<BFloat16, 64>>(p, c) : attend<Shape<BFloat16, 128>>(p, c);
+}
+
+bool backward_here(int) {
+  return true;
+}
+Work work_of(int B, int H, int HK, int T, int S, int D, int) {
+  return work_of(Cut(B, H, HK, T, S, kProcessors), B, H, HK, D);
+}
+void launch(const Backward& x, int, uintptr_t) {
+  x.p.D == 64 ? derive<BFloat16, 64>(x) : derive<BFloat16, 128>(x);
 }
 
 }  // namespace sk::span_attention::hopper

@@ -1,0 +1,87 @@
+#include "span_attention/hopper/backward.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "span_attention/hopper/backward_plan.h"
+#include "span_attention/hopper/dkdv/kernel.cuh"
+#include "span_attention/hopper/dq/kernel.cuh"
+#include "span_attention/hopper/maps.h"
+
+namespace sk::span_attention::hopper {
+namespace {
+
+constexpr int kMaxDevices = 64;
+using Queries = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, Call, dq::Inputs);
+using Keys = void (*)(CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, CUtensorMap, dkdv::Call);
+
+struct Instance {
+  Queries queries;
+  Keys keys;
+  int shared[2];
+};
+template <typename Element, int D>
+Instance instance_of() {
+  using A = dq::Shape<Element, D>;
+  using B = dkdv::Shape<Element, D>;
+  return {dq::dq_kernel<A>, dkdv::dkdv_kernel<B>, {A::kShared, B::kShared}};
+}
+// Of bf16 alone, which is what models are trained in: fp16's would take as much of the library again.
+Instance choose(int D) {
+  return D == 64 ? instance_of<BFloat16, 64>() : instance_of<BFloat16, 128>();
+}
+
+bool allow(int device) {
+  if (!here(device)) return false;
+  const DeviceGuard guard(device);
+  for (const int D : {64, 128}) {
+    const Instance i = choose(D);
+    check(cudaFuncSetAttribute(i.queries, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[0]),
+          "span_attention: asking for shared memory");
+    check(cudaFuncSetAttribute(i.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[1]),
+          "span_attention: asking for shared memory");
+  }
+  return true;
+}
+
+}  // namespace
+
+bool backward_here(int device) {
+  static std::atomic<int> known[kMaxDevices];  // 1: no, 2: yes
+  if (device < 0 || device >= kMaxDevices) return false;
+  if (known[device].load() == 0) known[device] = allow(device) ? 2 : 1;
+  return known[device].load() == 2;
+}
+
+Work work_of(int B, int H, int HK, int T, int S, int D, int device) {
+  return work_of(Cut(B, H, HK, T, S, multiprocessors(device)), B, H, HK, D);
+}
+
+void launch(const Backward& x, int device, uintptr_t stream) {
+  constexpr DType dtype = DType::kBFloat16;
+  const Params& p = x.p;
+  if (p.B == 0 || p.H == 0 || p.T == 0) return;
+  if (const char* why = refuses(p, device)) throw NotSupported(why);
+  backward_here(device);
+  const DeviceGuard guard(device);
+  const Instance instance = choose(p.D);
+  const int processors = multiprocessors(device);
+  const Cut cut(p.B, p.H, p.HK, p.T, p.S, processors);
+  const auto q = [&](int box) { return map_of(p.q, dtype, p.B, p.H, p.T, p.D, box); };
+  const auto dout = [&](int box) { return map_of(x.dout, dtype, p.B, p.H, p.T, p.D, box); };
+  const auto k = [&](int box) { return map_of(p.k, dtype, p.B, p.HK, p.S, p.D, box); };
+  const auto v = [&](int box) { return map_of(p.v, dtype, p.B, p.HK, p.S, p.D, box); };
+
+  const Call c = make_call(p, x.tickets);
+  launch_overlapped("span_attention: dq", instance.queries, std::min(c.items, processors), kThreads, instance.shared[0],
+                    device, stream, q(128), dout(128), k(64), v(64),
+                    map_of_rows_first(x.dq, dtype, p.B, p.H, p.T, p.D, 16), c, inputs_of(x, cut));
+
+  const dkdv::Call d = call_of(x, cut);
+  launch_overlapped("span_attention: dk and dv", instance.keys, std::min(d.items, processors), kThreads,
+                    instance.shared[1], device, stream, q(64), dout(64), k(128), v(128),
+                    map_of_rows_first(x.dk, dtype, p.B, p.HK, p.S, p.D, 16),
+                    map_of_rows_first(x.dv, dtype, p.B, p.HK, p.S, p.D, 16), d);
+}
+
+}  // namespace sk::span_attention::hopper

@@ -1,0 +1,56 @@
+// dq of span_attention for many query rows on Hopper, and the statistics of the rows that dk and dv need.
+#pragma once
+
+#include "span_attention/hopper/dq/attend.cuh"
+#include "span_attention/hopper/kernel.cuh"
+
+namespace sk::span_attention::hopper::dq {
+
+// registers of the threads of each kind: statistics take more, dq fewer than the forward
+constexpr int kLoaderRegisters = 88, kReaderRegisters = 208;
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, 1)
+    dq_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap dout,
+              const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
+              const __grid_constant__ CUtensorMap dq, const __grid_constant__ Call c,
+              const __grid_constant__ Inputs in) {
+#if SK_WGMMA
+  char* const memory = dynamic_memory();
+  const Room<S> room{memory, shared_address(memory)};
+  if (threadIdx.x == kReaders) {
+    for (const CUtensorMap* map : {&q, &dout, &k, &v, &dq}) prefetch_map(map);
+    for (int n = 0; n < S::kItems; ++n) {
+      barrier_init(room.item_full(n), 2 + kStatWarps);
+      barrier_init(room.item_empty(n), kReaderWarps);
+      barrier_init(room.item_known(n), 1);
+    }
+    for (int n = 0; n < S::kKeyStages; ++n) {
+      barrier_init(room.keys_full(n), 1);
+      barrier_init(room.keys_empty(n), kReaderWarps);
+    }
+    for (int n = 0; n < S::kValueStages; ++n) {
+      barrier_init(room.values_full(n), 1);
+      barrier_init(room.values_empty(n), kReaderWarps);
+    }
+    barrier_publish();
+  }
+  __syncthreads();
+  wait_for_launch_before();
+  if (threadIdx.x >= kReaders) {
+    hand_in_registers<kLoaderRegisters>();
+    const int warp = threadIdx.x / 32 - kReaderWarps;
+    if (warp == 0) {
+      Loader<S>{&q, &dout, &k, &v, c, room}.run();
+    } else {
+      Statistician<S>{c, in, room}.run(warp - 1);
+    }
+    return;
+  }
+  take_registers<kReaderRegisters>();
+  Reader<S> reader{&dq, c, in, room};
+  reader.run();
+#endif
+}
+
+}  // namespace sk::span_attention::hopper::dq
