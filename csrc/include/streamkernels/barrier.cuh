@@ -9,6 +9,10 @@ namespace sk {
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+// `count` of them, side by side.
+__device__ __forceinline__ void barriers_init(uint32_t first, int count, int arrivals) {
+  for (int n = 0; n < count; ++n) barrier_init(first + 8 * n, arrivals);
+}
 // What was initialised is seen by the cluster and by copies, after a barrier.
 __device__ __forceinline__ void barrier_publish() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");

@@ -20,16 +20,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Room<S> room{memory, shared_address(memory)};
   if (threadIdx.x == kReaders) {
     for (const CUtensorMap* map : {&q, &k, &v, &o}) prefetch_map(map);
-    for (int n = 0; n < S::kItems; ++n) {
-      barrier_init(room.item_full(n), 2);
-      barrier_init(room.item_empty(n), kReaderWarps);
-    }
-    for (int n = 0; n < S::kStages; ++n) {
-      barrier_init(room.keys_full(n), 1);
-      barrier_init(room.keys_empty(n), kReaderWarps);
-      barrier_init(room.values_full(n), 1);
-      barrier_init(room.values_empty(n), kReaderWarps);
-    }
+    barriers_init(room.item_full(0), S::kItems, 2);
+    barriers_init(room.item_empty(0), S::kItems, kReaderWarps);
+    barriers_init(room.keys_full(0), S::kStages, 1);
+    barriers_init(room.keys_empty(0), S::kStages, kReaderWarps);
+    barriers_init(room.values_full(0), S::kStages, 1);
+    barriers_init(room.values_empty(0), S::kStages, kReaderWarps);
     barrier_publish();
   }
   __syncthreads();

@@ -118,6 +118,16 @@ struct Sights {
   }
 };
 
+// Which item a warp takes when it is through with the one at hand: drawn by its first thread, ahead of time.
+__device__ __forceinline__ int draw(int* tickets, bool more) {
+  return more && threadIdx.x % 32 == 0 ? atomicAdd(tickets, 1) + static_cast<int>(gridDim.x) : 0;
+}
+// Every block has its last ticket before it is counted here; the last one leaves zeros.
+__device__ __forceinline__ void stop_drawing(int* tickets) {
+  if (threadIdx.x % 32 == 0 && atomicAdd(tickets + 1, 1) == static_cast<int>(gridDim.x) - 1)
+    tickets[0] = tickets[1] = 0;
+}
+
 template <class S>
 struct Loader {
   const CUtensorMap *q, *k, *v;
@@ -150,8 +160,7 @@ struct Loader {
     int item = blockIdx.x;
     for (;;) {
       const bool more = item < c.items;
-      int next = 0;
-      if (more && lane == 0) next = atomicAdd(c.tickets, 1) + static_cast<int>(gridDim.x);
+      const int next = draw(c.tickets, more);
       const Place at(c, item);
       Sights sights;
       sights.fetch(c, at, more);
@@ -187,8 +196,7 @@ struct Loader {
       }
       item = __shfl_sync(~0u, next, 0);
     }
-    // Every block has its last ticket before it is counted here.
-    if (lane == 0 && atomicAdd(c.tickets + 1, 1) == static_cast<int>(gridDim.x) - 1) c.tickets[0] = c.tickets[1] = 0;
+    stop_drawing(c.tickets);
   }
 };
 

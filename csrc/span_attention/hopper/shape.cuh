@@ -43,8 +43,9 @@ struct Shape {
   static constexpr int kMatrix = kKeys * D * 2, kQuery = kRows * D * 2;
   static constexpr int kPanels = D / 64;
   // from here on addresses in shared memory, from its beginning
-  static constexpr int kItemFull = 0, kItemEmpty = 16, kStageBarriers = 32;
-  static constexpr int kItem = kStageBarriers + kStages * 32;
+  static constexpr int kItemFull = 0, kItemEmpty = 8 * kItems, kKeysFull = 16 * kItems;
+  static constexpr int kKeysEmpty = kKeysFull + 8 * kStages, kValuesFull = kKeysEmpty + 8 * kStages;
+  static constexpr int kValuesEmpty = kValuesFull + 8 * kStages, kItem = kValuesEmpty + 8 * kStages;
   static constexpr int kTile = kItem + kItems * 16;
   static constexpr int kBounds = kTile + kStages * 16, kBoundsBytes = kMaxSlots * kRows * 8;
   static constexpr int kQueries = (kBounds + kItems * kBoundsBytes + 1023) / 1024 * 1024;
@@ -68,26 +69,29 @@ struct Ring {
   }
 };
 
-// What a block has in shared memory, by address.
-template <class S>
-struct Room {
+// A block's shared memory, and what it says of items.
+template <class S, typename ITEM>
+struct Places {
   char* memory;
   uint32_t base;
 
   __device__ __forceinline__ uint32_t item_full(int place) const { return base + S::kItemFull + place * 8; }
   __device__ __forceinline__ uint32_t item_empty(int place) const { return base + S::kItemEmpty + place * 8; }
-  __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + S::kStageBarriers + stage * 32; }
-  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return keys_full(stage) + 8; }
-  __device__ __forceinline__ uint32_t values_full(int stage) const { return keys_full(stage) + 16; }
-  __device__ __forceinline__ uint32_t values_empty(int stage) const { return keys_full(stage) + 24; }
-
-  __device__ __forceinline__ uint32_t queries(int place) const { return base + S::kQueries + place * S::kQuery; }
-  __device__ __forceinline__ uint32_t keys(int stage) const { return base + S::kTiles + stage * 2 * S::kMatrix; }
-  __device__ __forceinline__ uint32_t values(int stage) const { return keys(stage) + S::kMatrix; }
-
-  __device__ __forceinline__ Item& item(int place) const {
-    return *reinterpret_cast<Item*>(memory + S::kItem + place * 16);
+  __device__ __forceinline__ ITEM& item(int place) const {
+    return *reinterpret_cast<ITEM*>(memory + S::kItem + place * 16);
   }
+};
+
+// The same of tiles of keys and values, of which a shape may have differently many under way.
+template <class S>
+struct KeyPlaces : Places<S, Item> {
+  using Places<S, Item>::memory;
+  using Places<S, Item>::base;
+
+  __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + S::kKeysFull + stage * 8; }
+  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return base + S::kKeysEmpty + stage * 8; }
+  __device__ __forceinline__ uint32_t values_full(int stage) const { return base + S::kValuesFull + stage * 8; }
+  __device__ __forceinline__ uint32_t values_empty(int stage) const { return base + S::kValuesEmpty + stage * 8; }
   __device__ __forceinline__ Keys& tile(int stage) const {
     return *reinterpret_cast<Keys*>(memory + S::kTile + stage * 16);
   }
@@ -95,6 +99,15 @@ struct Room {
   __device__ __forceinline__ int2* bounds(int place, int slot) const {
     return reinterpret_cast<int2*>(memory + S::kBounds + place * S::kBoundsBytes) + slot * S::kRows;
   }
+};
+
+template <class S>
+struct Room : KeyPlaces<S> {
+  using KeyPlaces<S>::base;
+
+  __device__ __forceinline__ uint32_t queries(int place) const { return base + S::kQueries + place * S::kQuery; }
+  __device__ __forceinline__ uint32_t keys(int stage) const { return base + S::kTiles + stage * 2 * S::kMatrix; }
+  __device__ __forceinline__ uint32_t values(int stage) const { return keys(stage) + S::kMatrix; }
 };
 
 }  // namespace sk::span_attention::hopper

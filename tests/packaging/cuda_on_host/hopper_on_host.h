@@ -190,6 +190,9 @@ static inline float log2_fast(float x) {
 static inline void barrier_init(uint32_t barrier, int arrivals) {
   host::barriers[barrier] = {arrivals, arrivals, 0, 0};
 }
+static inline void barriers_init(uint32_t first, int count, int arrivals) {
+  for (int n = 0; n < count; ++n) barrier_init(first + 8 * static_cast<uint32_t>(n), arrivals);
+}
 static inline void barrier_publish() {}
 static inline void barrier_arrive(uint32_t barrier) {
   host::Barrier& b = host::barriers.at(barrier);

@@ -17,14 +17,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Room<S> room{memory, shared_address(memory)};
   if (threadIdx.x == kReaders) {
     for (const CUtensorMap* map : {&q, &dout, &k, &v, &dk, &dv}) prefetch_map(map);
-    for (int n = 0; n < S::kItems; ++n) {
-      barrier_init(room.item_full(n), 1);
-      barrier_init(room.item_empty(n), kReaderWarps);
-    }
-    for (int n = 0; n < S::kStages; ++n) {
-      barrier_init(room.full(n), 1);
-      barrier_init(room.empty(n), kReaderWarps);
-    }
+    barriers_init(room.item_full(0), S::kItems, 1);
+    barriers_init(room.item_empty(0), S::kItems, kReaderWarps);
+    barriers_init(room.full(0), S::kStages, 1);
+    barriers_init(room.empty(0), S::kStages, kReaderWarps);
     barrier_publish();
   }
   __syncthreads();

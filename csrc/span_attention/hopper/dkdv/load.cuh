@@ -85,8 +85,7 @@ struct Loader {
     int item = blockIdx.x;
     for (;;) {
       const bool more = item < c.items;
-      int next = 0;
-      if (more && lane == 0) next = atomicAdd(c.tickets, 1) + static_cast<int>(gridDim.x);
+      const int next = draw(c.tickets, more);
       // early keys of all heads of a set first: causal rows see most of those
       const int set = item / set_items, rest = item - set * set_items, each = c.together * c.parts;
       const int tile = rest / each, of_tile = rest - tile * each, head = set * c.together + of_tile / c.parts;
@@ -128,8 +127,7 @@ struct Loader {
       end_item();
       item = __shfl_sync(~0u, next, 0);
     }
-    // Every block has its last ticket before it is counted here.
-    if (lane == 0 && atomicAdd(c.tickets + 1, 1) == static_cast<int>(gridDim.x) - 1) c.tickets[0] = c.tickets[1] = 0;
+    stop_drawing(c.tickets);
   }
 };
 

@@ -36,7 +36,7 @@ struct Shape {
   static constexpr int kPanels = D / 64;
   static constexpr int kLoaderRegisters = D == 64 ? 88 : 56, kReaderRegisters = D == 64 ? 208 : 224;
   static constexpr int kStatisticsBytes = kKeys * 8, kBoundsBytes = kMaxSlots * kKeys * 8;
-  static constexpr int kItemFull = 0, kItemEmpty = 16, kFull = 32, kEmpty = kFull + 8 * kStages;
+  static constexpr int kItemFull = 0, kItemEmpty = 8 * kItems, kFull = 16 * kItems, kEmpty = kFull + 8 * kStages;
   static constexpr int kItem = kEmpty + 8 * kStages, kKind = kItem + 16 * kItems, kFlag = kKind + 4 * kStages;
   static constexpr int kStatistics = (kFlag + 4 + 127) / 128 * 128;
   static constexpr int kBounds = kStatistics + kStages * kStatisticsBytes;
@@ -47,12 +47,10 @@ struct Shape {
 };
 
 template <class S>
-struct Room {
-  char* memory;
-  uint32_t base;
+struct Room : Places<S, Item> {
+  using Places<S, Item>::memory;
+  using Places<S, Item>::base;
 
-  __device__ __forceinline__ uint32_t item_full(int place) const { return base + S::kItemFull + place * 8; }
-  __device__ __forceinline__ uint32_t item_empty(int place) const { return base + S::kItemEmpty + place * 8; }
   __device__ __forceinline__ uint32_t full(int stage) const { return base + S::kFull + stage * 8; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return base + S::kEmpty + stage * 8; }
   __device__ __forceinline__ uint32_t keys(int place) const { return base + S::kKept + place * 2 * S::kQuery; }
@@ -60,9 +58,6 @@ struct Room {
   __device__ __forceinline__ uint32_t queries(int stage) const { return base + S::kPassing + stage * 2 * S::kMatrix; }
   __device__ __forceinline__ uint32_t gradients(int stage) const { return queries(stage) + S::kMatrix; }
 
-  __device__ __forceinline__ Item& item(int place) const {
-    return *reinterpret_cast<Item*>(memory + S::kItem + place * 16);
-  }
   __device__ __forceinline__ int& kind(int stage) const { return reinterpret_cast<int*>(memory + S::kKind)[stage]; }
   __device__ __forceinline__ int& flag() const { return *reinterpret_cast<int*>(memory + S::kFlag); }
   __device__ __forceinline__ uint32_t statistics_at(int stage) const {

@@ -35,8 +35,7 @@ struct Loader {
     int item = blockIdx.x;
     for (;;) {
       const bool more = item < c.items;
-      int next = 0;
-      if (more && lane == 0) next = atomicAdd(c.tickets, 1) + static_cast<int>(gridDim.x);
+      const int next = draw(c.tickets, more);
       const Place at(c, item);
       Sights sights;
       sights.fetch(c, at, more);
@@ -76,8 +75,7 @@ struct Loader {
       if (tiles == 0) fetch({0, 0, 0, 0, kShort}, hk, at.b);
       item = __shfl_sync(~0u, next, 0);
     }
-    // Every block has its last ticket before it is counted here.
-    if (lane == 0 && atomicAdd(c.tickets + 1, 1) == static_cast<int>(gridDim.x) - 1) c.tickets[0] = c.tickets[1] = 0;
+    stop_drawing(c.tickets);
   }
 };
 

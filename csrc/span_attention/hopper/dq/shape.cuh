@@ -32,10 +32,10 @@ struct Shape {
   static constexpr int kKeyStages = D == 64 ? 6 : 3, kValueStages = D == 64 ? 4 : 2;
   static constexpr int kMatrix = kKeys * D * 2, kQuery = kRows * D * 2;
   static constexpr int kPanels = D / 64;
-  // barriers of items: full, empty, known; of stages: full and empty
-  static constexpr int kItemFull = 0, kItemEmpty = 16, kItemKnown = 32, kKeyBarriers = 48;
-  static constexpr int kValueBarriers = kKeyBarriers + 16 * kKeyStages;
-  static constexpr int kItem = kValueBarriers + 16 * kValueStages;
+  // barriers: of items and of stages
+  static constexpr int kItemFull = 0, kItemEmpty = 8 * kItems, kItemKnown = 16 * kItems, kKeysFull = 24 * kItems;
+  static constexpr int kKeysEmpty = kKeysFull + 8 * kKeyStages, kValuesFull = kKeysEmpty + 8 * kKeyStages;
+  static constexpr int kValuesEmpty = kValuesFull + 8 * kValueStages, kItem = kValuesEmpty + 8 * kValueStages;
   static constexpr int kTile = kItem + kItems * 16;
   static constexpr int kStatistics = kTile + kKeyStages * 16;
   static constexpr int kBounds = kStatistics + kItems * kRows * 8, kBoundsBytes = kMaxSlots * kRows * 8;
@@ -47,35 +47,19 @@ struct Shape {
 };
 
 template <class S>
-struct Room {
-  char* memory;
-  uint32_t base;
+struct Room : KeyPlaces<S> {
+  using KeyPlaces<S>::memory;
+  using KeyPlaces<S>::base;
 
-  __device__ __forceinline__ uint32_t item_full(int place) const { return base + S::kItemFull + place * 8; }
-  __device__ __forceinline__ uint32_t item_empty(int place) const { return base + S::kItemEmpty + place * 8; }
+  // whose statistics are to be made
   __device__ __forceinline__ uint32_t item_known(int place) const { return base + S::kItemKnown + place * 8; }
-  __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + S::kKeyBarriers + stage * 16; }
-  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return keys_full(stage) + 8; }
-  __device__ __forceinline__ uint32_t values_full(int stage) const { return base + S::kValueBarriers + stage * 16; }
-  __device__ __forceinline__ uint32_t values_empty(int stage) const { return values_full(stage) + 8; }
-
+  __device__ __forceinline__ Statistics* statistics(int place) const {
+    return reinterpret_cast<Statistics*>(memory + S::kStatistics) + place * S::kRows;
+  }
   __device__ __forceinline__ uint32_t queries(int place) const { return base + S::kQueries + place * 2 * S::kQuery; }
   __device__ __forceinline__ uint32_t gradients(int place) const { return queries(place) + S::kQuery; }
   __device__ __forceinline__ uint32_t keys(int stage) const { return base + S::kKeyTiles + stage * S::kMatrix; }
   __device__ __forceinline__ uint32_t values(int stage) const { return base + S::kValueTiles + stage * S::kMatrix; }
-
-  __device__ __forceinline__ Item& item(int place) const {
-    return *reinterpret_cast<Item*>(memory + S::kItem + place * 16);
-  }
-  __device__ __forceinline__ Keys& tile(int stage) const {
-    return *reinterpret_cast<Keys*>(memory + S::kTile + stage * 16);
-  }
-  __device__ __forceinline__ Statistics* statistics(int place) const {
-    return reinterpret_cast<Statistics*>(memory + S::kStatistics) + place * S::kRows;
-  }
-  __device__ __forceinline__ int2* bounds(int place, int slot) const {
-    return reinterpret_cast<int2*>(memory + S::kBounds + place * S::kBoundsBytes) + slot * S::kRows;
-  }
 };
 
 }  // namespace sk::span_attention::hopper::dq
