@@ -51,6 +51,17 @@ def attend(T: int, D: int, HK: int) -> None:
     sk.span_attention(q, k, v, spans, sink_logits=torch.zeros(2 * HK, device="cuda"), softcap=9.0, backend="cuda")
 
 
+def attend_many(T: int, D: int, dtype: torch.dtype) -> None:
+    """Hopper's kernels for many rows, several items to a block, and their gradients (Triton's in fp16)."""
+    S = 333
+    q = torch.randn(1, 140, T, D, device="cuda", dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(1, 4, S, D, device="cuda", dtype=dtype, requires_grad=True) for _ in "kv")
+    bounds = ints([[-5, 140], [150, GARBAGE]]).repeat(1, T, 1, 1)
+    bounds[:, ::3, 0], bounds[:, T // 2 :, 1] = ints([170, 40]), ints([200, 201])
+    o, lse = sk.span_attention(q, k, v, sk.Spans(bounds), return_lse=True, backend="cuda")
+    torch.autograd.grad((o, lse), (q, k, v), (torch.ones_like(o), torch.ones_like(lse)))
+
+
 if __name__ == "__main__":
     prune(torch.bfloat16, 64)
     prune(torch.float32, 256)
@@ -58,5 +69,8 @@ if __name__ == "__main__":
         score_long_lists(H, HK, D, offset)
     for T, D, HK in ((1, 128, 2), (64, 64, 1), (9, 256, 1), (3, 96, 2)):
         attend(T, D, HK)
+    if torch.cuda.get_device_capability() == (9, 0):
+        for T, D, dtype in ((200, 128, torch.bfloat16), (70, 64, torch.bfloat16), (150, 128, torch.float16)):
+            attend_many(T, D, dtype)
     torch.cuda.synchronize()
     print("done")
