@@ -70,11 +70,15 @@ lint: $(VENV)/test $(VENV)/lint
 	$(call say,clang-format)
 	@$(BIN)/clang-format --dry-run -Werror $(CUDA_SOURCES)
 
+# only a log of ptxas says whether it makes products of a warpgroup wait for each other
+ASYNCHRONOUS = $(wildcard csrc/span_attention/hopper/*.cu csrc/incremental_prefill/instances/plain_*.cu)
+
 compile-check: compile-check-cuda compile-check-triton
 
 compile-check-cuda: $(VENV)/test
 	$(call say,CUDA kernels)
 	@$(BIN)/python tests/compile_cuda.py $(if $(BUILT),--built "$(BUILT)")
+	@$(if $(BUILT),$(BIN)/python tests/compile_cuda.py --archs 90a $(ASYNCHRONOUS))
 
 compile-check-triton: $(VENV)/test $(OLD_TRITON)
 	$(call say,Triton kernels with triton $(TRITON))

@@ -118,7 +118,7 @@ void preload_pruned(int device) {
   sk::rotate::preload(device);
   sk::span_attention::preload(device);
   sk::span_attention::hopper::preload(device);
-  sk::span_attention::hopper::backward_here(device);
+  sk::span_attention::hopper::preload_backward(device);
 }
 
 // streamkernels.CudaError lives in Python, so that it can be named without this module

@@ -99,7 +99,6 @@ inline void bind(pybind11::module_& m) {
       "q"_a, "k"_a, "v"_a, "o"_a, "lse"_a, "bounds"_a, "sink_key"_a, "kept"_a, "kept_count"_a, "sink_logits"_a,
       "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
       "dtype"_a, "device"_a, "tickets"_a, "stream"_a);
-  m.def("span_attention_many_backward_here", &hopper::backward_here, "device"_a);
   m.def(
       "span_attention_many_work",
       [](int B, int H, int HK, int T, int S, int D, int device) {

@@ -50,12 +50,15 @@ def reason(call: Call) -> str | None:
 
 def hands_over(call: Call) -> str | None:
     """Why `auto` leaves a call to Triton that the CUDA kernel can run too; None where it does not."""
-    if call.op == "span_attention":
-        return cuda_span_attention.hands_over(call)
     slower = cuda_incremental_prefill if call.op == "incremental_prefill" else cuda_pruned
     if slower.hands_over(call):
         return "Triton's kernel was measured to be faster"
     return None
+
+
+def by_name(call: Call) -> str | None:
+    """Why `auto` never takes a call that the CUDA kernel can run; None where it may."""
+    return cuda_span_attention.by_name(call) if call.op == "span_attention" else None
 
 
 def _unavailable(index: int | None) -> str | None:

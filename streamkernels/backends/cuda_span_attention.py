@@ -90,7 +90,7 @@ def span_attention_backward(
     HK, S = k.shape[1:3]
     device = q.device
     ours = T > MOST_ROWS and B * S > 0 and sink_logits is None and q.dtype == torch.bfloat16
-    if not ours or not _has_many_backward(device.index):
+    if not ours or not _has_many(device.index):
         return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *options)
     if row_blocks is None:
         row_blocks, key_blocks = triton.prepare(bounds, S)
@@ -175,19 +175,14 @@ def _takes_many(call: Call) -> str | None:
     return None
 
 
-def hands_over(call: Call) -> str | None:
-    """Many rows are Triton's until this kernel has been timed beside it."""
+def by_name(call: Call) -> str | None:
+    """Why `auto` leaves a call: the kernels for many rows have not been tested and timed on a GPU."""
     return None if call.sizes.get("T", 1) <= MOST_ROWS else "its kernel for many rows is to be asked for by name"
 
 
 def _has_many(index: int | None) -> bool:
     index = torch.cuda.current_device() if index is None else index
     return _ext.unavailable(index) is None and _ext.load().span_attention_many_here(index)
-
-
-def _has_many_backward(index: int | None) -> bool:
-    index = torch.cuda.current_device() if index is None else index
-    return _ext.load().span_attention_many_backward_here(index)
 
 
 # a constant to torch.compile, as in cuda.py

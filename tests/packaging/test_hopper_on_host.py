@@ -50,7 +50,7 @@ class Host:
             span_attention_many_work=lambda *sizes: extension.span_attention_many_work(*sizes[:-1], 0),
         )  # fmt: skip
         monkeypatch.setattr(_ext, "load", lambda: stand_in)
-        monkeypatch.setattr(cuda_span_attention, "_has_many_backward", lambda index: True)
+        monkeypatch.setattr(cuda_span_attention, "_has_many", lambda index: True)
         monkeypatch.setattr(triton, "prepare", reference_prepare)
         monkeypatch.setattr(cuda_span_attention, "stream_of", lambda device: 0)
         monkeypatch.setattr(cuda_span_attention, "_tickets", self.held)

@@ -78,6 +78,15 @@ __device__ __forceinline__ void store_rows(const State<S>& state, const float (&
   }
 }
 
+// And from there to a tensor, by one thread.
+template <class S>
+__device__ __forceinline__ void store_panels(const CUtensorMap* map, uint32_t rows, int row, int head, int b) {
+#pragma unroll
+  for (int panel = 0; panel < S::kPanels; ++panel) {
+    store_box(map, rows + panel * S::kRows * 128, panel * 64, row, head, b);
+  }
+}
+
 template <class S>
 struct Reader {
   using Element = typename S::Element;
@@ -216,10 +225,7 @@ struct Reader {
     publish();
     __syncwarp();
     if (lane == 0) {
-#pragma unroll
-      for (int panel = 0; panel < S::kPanels; ++panel) {
-        store_box(o, rows + panel * S::kRows * 128, panel * 64, first, h, b);
-      }
+      store_panels<S>(o, rows, first, h, b);
       close_stores();
     }
   }

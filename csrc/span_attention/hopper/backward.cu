@@ -1,7 +1,7 @@
 #include "span_attention/hopper/backward.h"
 
 #include <algorithm>
-#include <atomic>
+#include <mutex>
 
 #include "span_attention/hopper/backward_plan.h"
 #include "span_attention/hopper/dkdv/kernel.cuh"
@@ -31,26 +31,21 @@ Instance choose(int D) {
   return D == 64 ? instance_of<BFloat16, 64>() : instance_of<BFloat16, 128>();
 }
 
-bool allow(int device) {
-  if (!here(device)) return false;
-  const DeviceGuard guard(device);
-  for (const int D : {64, 128}) {
-    const Instance i = choose(D);
-    check(cudaFuncSetAttribute(i.queries, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[0]),
-          "span_attention: asking for shared memory");
-    check(cudaFuncSetAttribute(i.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[1]),
-          "span_attention: asking for shared memory");
-  }
-  return true;
-}
-
 }  // namespace
 
-bool backward_here(int device) {
-  static std::atomic<int> known[kMaxDevices];  // 1: no, 2: yes
-  if (device < 0 || device >= kMaxDevices) return false;
-  if (known[device].load() == 0) known[device] = allow(device) ? 2 : 1;
-  return known[device].load() == 2;
+void preload_backward(int device) {
+  static std::once_flag allowed[kMaxDevices];
+  if (!here(device)) return;
+  std::call_once(allowed[device], [device] {
+    const DeviceGuard guard(device);
+    for (const int D : {64, 128}) {
+      const Instance i = choose(D);
+      check(cudaFuncSetAttribute(i.queries, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[0]),
+            "span_attention: asking for shared memory");
+      check(cudaFuncSetAttribute(i.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[1]),
+            "span_attention: asking for shared memory");
+    }
+  });
 }
 
 Work work_of(int B, int H, int HK, int T, int S, int D, int device) {
@@ -62,7 +57,7 @@ void launch(const Backward& x, int device, uintptr_t stream) {
   const Params& p = x.p;
   if (p.B == 0 || p.H == 0 || p.T == 0) return;
   if (const char* why = refuses(p, device)) throw NotSupported(why);
-  backward_here(device);
+  preload_backward(device);
   const DeviceGuard guard(device);
   const Instance instance = choose(p.D);
   const int processors = multiprocessors(device);

@@ -20,8 +20,8 @@ struct Work {
   int64_t floats, counters;
 };
 Work work_of(int B, int H, int HK, int T, int S, int D, int device);
-// Whether the device can: as here(). Of what the forward takes, bf16 without sink logits.
-bool backward_here(int device);
+// Takes what the forward takes, in bf16 and without sink logits, on the same devices (here).
 void launch(const Backward& backward, int device, uintptr_t stream);
+void preload_backward(int device);
 
 }  // namespace sk::span_attention::hopper

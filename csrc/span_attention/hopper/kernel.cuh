@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_launch_before();
   if (threadIdx.x >= kReaders) {
     hand_in_registers<kLoaderRegisters>();
-    if (threadIdx.x < kReaders + 32) Loader<S>{&q, &k, &v, c, room}.run();
+    if (threadIdx.x < kReaders + 32) Loader<S, Room<S>>{&q, nullptr, &k, &v, c, room}.run();
     return;
   }
   take_registers<kReaderRegisters>();

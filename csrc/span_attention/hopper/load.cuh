@@ -1,6 +1,5 @@
-// The warp that fetches: which item the block takes next, which tiles of keys
-// its rows see, and all of it into shared memory, as far ahead as there is
-// room.
+// The warp that fetches: which item the block takes next, which tiles of keys its rows see, and all of it into shared
+// memory, as far ahead as there is room.
 #pragma once
 
 #include <climits>
@@ -13,8 +12,8 @@
 
 namespace sk::span_attention::hopper {
 
-// 128 rows, panel by panel
-template <class S, int ROWS = 128>
+// Rows, panel by panel.
+template <class S, int ROWS = kRows>
 __device__ __forceinline__ void load_rows(uint32_t to, const CUtensorMap* map, uint32_t barrier, int row, int head,
                                           int b) {
 #pragma unroll
@@ -48,16 +47,16 @@ __device__ __forceinline__ Hull hull_of(const int2 (&rows)[EACH], int first_row,
   x.begin = __reduce_min_sync(~0u, x.begin), x.end = __reduce_max_sync(~0u, x.end);
   x.last_begin = __reduce_max_sync(~0u, x.last_begin), x.first_end = __reduce_min_sync(~0u, x.first_end);
   x.all = __all_sync(~0u, x.all);
-  return x;
+  return x.begin < x.end ? x : Hull{0, 0, 0, 0, false};
 }
 
 template <int KEYS>
 __device__ __forceinline__ int tiles_of(const Hull& x) {
-  return x.begin < x.end ? (x.end - x.begin + KEYS - 1) / KEYS : 0;
+  return (x.end - x.begin + KEYS - 1) / KEYS;
 }
 
-// Tile i of a slot. Where no key of the hull is seen by nobody, the last one
-// ends with it: what lies outside may be anything.
+// Tile i of a slot. Where no key of the hull is seen by nobody, the last one ends with it: what lies outside may be
+// anything.
 template <int KEYS>
 __device__ __forceinline__ Keys tile_of(const Hull& x, int slot, int i) {
   const bool gapless = x.gapless(), solid = gapless && x.end - x.begin >= KEYS;
@@ -72,8 +71,8 @@ __device__ __forceinline__ Keys tile_of(const Hull& x, int slot, int i) {
   return tile;
 }
 
-// Which item the n-th one is: as many heads as have their keys in the L2
-// together, their last rows first, since those have most keys.
+// Which item the n-th one is: as many heads as have their keys in the L2 together, their last rows first, since those
+// have most keys.
 struct Place {
   int head, b, h, block;
   __device__ __forceinline__ Place(const Call& c, int item) {
@@ -128,31 +127,29 @@ __device__ __forceinline__ void stop_drawing(int* tickets) {
     tickets[0] = tickets[1] = 0;
 }
 
-template <class S>
+// Of the forward and of dq, which has do beside q, and lets others know of an item before it is there (item_known).
+template <class S, class ROOM>
 struct Loader {
-  const CUtensorMap *q, *k, *v;
+  const CUtensorMap *q, *dout, *k, *v;
   const Call& c;
-  Room<S> room;
+  ROOM room;
   Ring<S::kItems> place;
-  Ring<S::kStages> stage;
-  // One tile of keys and its values; by one thread.
-  __device__ __forceinline__ void fetch(const Keys& tile, int hk, int b) {
-    const int s = stage.at;
-    barrier_wait(room.keys_empty(s), stage.phase ^ 1);
-    room.tile(s) = tile;
-    barrier_expect(room.keys_full(s), S::kMatrix);
-    load_rows<S>(room.keys(s), k, room.keys_full(s), tile.first, hk, b);
-    barrier_wait(room.values_empty(s), stage.phase ^ 1);
-    barrier_expect(room.values_full(s), S::kMatrix);
-    load_rows<S>(room.values(s), v, room.values_full(s), tile.first, hk, b);
-  }
+  Ring<S::kKeyStages> key_stage;
+  Ring<S::kValueStages> value_stage;
 
-  __device__ __forceinline__ void fetch_slot(const Hull& x, int slot, int hk, int b) {
-    const int tiles = tiles_of<S::kKeys>(x);
-    for (int i = 0; i < tiles; ++i) {
-      if (threadIdx.x % 32 == 0) fetch(tile_of<S::kKeys>(x, slot, i), hk, b);
-      stage.advance();
+  // One tile of keys and its values.
+  __device__ __forceinline__ void fetch(const Keys& tile, int hk, int b) {
+    if (threadIdx.x % 32 == 0) {
+      const int i = key_stage.at, j = value_stage.at;
+      barrier_wait(room.keys_empty(i), key_stage.phase ^ 1);
+      room.tile(i) = tile;
+      barrier_expect(room.keys_full(i), S::kMatrix);
+      load_rows<S, S::kKeys>(room.keys(i), k, room.keys_full(i), tile.first, hk, b);
+      barrier_wait(room.values_empty(j), value_stage.phase ^ 1);
+      barrier_expect(room.values_full(j), S::kMatrix);
+      load_rows<S, S::kKeys>(room.values(j), v, room.values_full(j), tile.first, hk, b);
     }
+    key_stage.advance(), value_stage.advance();
   }
 
   __device__ __forceinline__ void run() {
@@ -166,33 +163,35 @@ struct Loader {
       sights.fetch(c, at, more);
       barrier_wait(room.item_empty(place.at), place.phase ^ 1);
       const uint32_t full = room.item_full(place.at);
-      if (!more) {
-        if (lane == 0) {
-          room.item(place.at) = {0, 0, -1};
+      if (lane == 0) {
+        room.item(place.at) = more ? Item{at.head, at.block, 0} : Item{-1, 0, -1};
+        if constexpr (S::kGradients) barrier_arrive(room.item_known(place.at));
+        if (more) {
+          barrier_expect(full, (S::kGradients ? 2 : 1) * S::kQuery);
+          load_rows<S>(room.queries(place.at), q, full, at.block * S::kRows, at.h, at.b);
+          if constexpr (S::kGradients) {
+            load_rows<S>(room.gradients(place.at), dout, full, at.block * S::kRows, at.h, at.b);
+          }
+        } else {
           barrier_arrive(full);
           barrier_arrive(full);
         }
-        break;
       }
-      if (lane == 0) {
-        barrier_expect(full, S::kQuery);
-        load_rows<S>(room.queries(place.at), q, full, at.block * S::kRows, at.h, at.b);
-      }
+      if (!more) break;
       Hull hulls[kMaxSlots];
       const int tiles = sights.template put<S::kKeys>(c, at, hulls, room.bounds(place.at, 0));
       __syncwarp();
       if (lane == 0) {
-        room.item(place.at) = {at.head, at.block, max(tiles, 1)};
+        room.item(place.at).tiles = max(tiles, 1);
         barrier_arrive(full);
       }
       place.advance();
       const int hk = at.h / c.group;
 #pragma unroll
-      for (int slot = 0; slot < kMaxSlots; ++slot) fetch_slot(hulls[slot], slot, hk, at.b);
-      if (tiles == 0) {
-        // a tile that nobody sees
-        if (lane == 0) fetch({0, 0, 0, 0, kShort}, hk, at.b);
-        stage.advance();
+      for (int slot = 0; slot < kMaxSlots; ++slot) {
+        // at least one, that nobody sees
+        const int n = slot == 0 && tiles == 0 ? 1 : tiles_of<S::kKeys>(hulls[slot]);
+        for (int i = 0; i < n; ++i) fetch(tile_of<S::kKeys>(hulls[slot], slot, i), hk, at.b);
       }
       item = __shfl_sync(~0u, next, 0);
     }

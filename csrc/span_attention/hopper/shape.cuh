@@ -40,6 +40,8 @@ struct Shape {
   static constexpr int kRows = hopper::kRows, kKeys = 128, kWarpKeys = kKeys;
   static constexpr int kItems = 2;                 // under way at a time
   static constexpr int kStages = D == 64 ? 4 : 2;  // tiles of keys and values under way
+  static constexpr int kKeyStages = kStages, kValueStages = kStages;
+  static constexpr bool kGradients = false;
   static constexpr int kMatrix = kKeys * D * 2, kQuery = kRows * D * 2;
   static constexpr int kPanels = D / 64;
   // from here on addresses in shared memory, from its beginning

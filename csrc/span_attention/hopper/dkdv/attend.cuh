@@ -171,12 +171,9 @@ struct Reader {
     publish();
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int panel = 0; panel < S::kPanels; ++panel) {
-        const int key = item.tile * S::kRows + warp * 16, on = panel * S::kRows * 128;
-        store_box(to_dk, keys + on, panel * 64, key, item.hk, item.b);
-        store_box(to_dv, values + on, panel * 64, key, item.hk, item.b);
-      }
+      const int key = item.tile * S::kRows + warp * 16;
+      store_panels<S>(to_dk, keys, key, item.hk, item.b);
+      store_panels<S>(to_dv, values, key, item.hk, item.b);
       close_stores();
     }
   }

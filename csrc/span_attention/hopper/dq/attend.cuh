@@ -4,7 +4,7 @@
 #pragma once
 
 #include "span_attention/hopper/attend.cuh"
-#include "span_attention/hopper/dq/load.cuh"
+#include "span_attention/hopper/dq/statistics.cuh"
 
 namespace sk::span_attention::hopper::dq {
 
@@ -127,10 +127,7 @@ struct Reader {
     publish();
     __syncwarp();
     if (lane == 0) {
-#pragma unroll
-      for (int panel = 0; panel < S::kPanels; ++panel) {
-        store_box(dq, rows + panel * S::kRows * 128, panel * 64, first, h, b);
-      }
+      store_panels<S>(dq, rows, first, h, b);
       close_stores();
       wait_until_read();
       barrier_arrive(room.item_empty(place.at));

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     hand_in_registers<kLoaderRegisters>();
     const int warp = threadIdx.x / 32 - kReaderWarps;
     if (warp == 0) {
-      Loader<S>{&q, &dout, &k, &v, c, room}.run();
+      Loader<S, Room<S>>{&q, &dout, &k, &v, c, room}.run();
     } else {
       Statistician<S>{c, in, room}.run(warp - 1);
     }

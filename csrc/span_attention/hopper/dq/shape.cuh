@@ -29,6 +29,7 @@ struct Shape {
   static constexpr int D = HEAD_DIM;
   static constexpr int kRows = hopper::kRows, kKeys = 64, kWarpKeys = kKeys;
   static constexpr int kItems = 2;
+  static constexpr bool kGradients = true;
   static constexpr int kKeyStages = D == 64 ? 6 : 3, kValueStages = D == 64 ? 4 : 2;
   static constexpr int kMatrix = kKeys * D * 2, kQuery = kRows * D * 2;
   static constexpr int kPanels = D / 64;
