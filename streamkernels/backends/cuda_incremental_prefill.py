@@ -98,7 +98,7 @@ def incremental_prefill(
     return plan.run(
         (
             q, k, v, cos, sin, source_k, source_v, target_k, target_v, length, status, role,
-            source_limit, source_begin, target_begin, sink_logits,
+            source_limit, source_begin, target_begin, None if sink_logits is None else sink_logits.contiguous(),
         ),
         (
             segment, source_sinks, target_sinks, ring_sinks, bounded, source_window, target_window,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,19 @@ def strided_like(x: Tensor, device: torch.device | str | None = None) -> Tensor:
     size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     memory = fresh((size,), x.dtype, x.device if device is None else device)
     return memory.as_strided(x.shape, x.stride()).copy_(x.detach())
+
+
+def spread(x: Tensor, between: int = -7) -> Tensor:
+    """The same numbers at every second place of every dimension, garbage between them."""
+    wide = x.new_full([2 * n for n in x.shape], between)
+    return wide[(slice(None, None, 2),) * x.ndim].copy_(x)
+
+
+def spread_options(x: Inputs) -> Inputs:
+    """The same inputs whose spans and sink logits are `spread`."""
+    own: dict[str, Any] = {n: spread(y) if isinstance(y, Tensor) else y for n, y in vars(x.spans).items()}
+    logits = None if x.sink_logits is None else spread(x.sink_logits)
+    return replace(x, spans=Spans(**own), sink_logits=logits)
 
 
 def poison(x: Tensor, keys: Tensor, value: float = float("nan")) -> Tensor:

@@ -11,6 +11,7 @@ from streamkernels.backends import cuda
 from streamkernels.backends.select import Call
 from streamkernels.reference import incremental_prefill as reference
 from streamkernels.testing.compare import assert_accurate, ulp
+from streamkernels.testing.inputs import spread
 
 from .prefill_cases import BUFFERS, DEVICE, NAN, STATUS, Case, copy_of, make_call
 
@@ -139,6 +140,18 @@ def test_groups(case: Case) -> None:
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_options(case: Case) -> None:
     run(case)
+
+
+@pytest.mark.parametrize("role", ["target", "mixed"])
+def test_options_of_any_strides(role: str) -> None:
+    case = Case(B=2, T=9, role=role, limits="random", begins=True, sink_logits=True)
+    call, loose = make_call(case), make_call(case)
+    for place in (9, *range(11, 16), -2):
+        if isinstance(loose[place], torch.Tensor):
+            loose[place] = spread(loose[place])
+    assert not loose[-2].is_contiguous()
+    found = [cuda.incremental_prefill(*arguments) for arguments in (call, loose)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("case", RISING, ids=str)

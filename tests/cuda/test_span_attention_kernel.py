@@ -13,7 +13,7 @@ from streamkernels.backends.select import explain
 from streamkernels.core.spans import ATTEND, KEPT, MASS, SINK
 from streamkernels.testing.cases import Case
 from streamkernels.testing.compare import influence
-from streamkernels.testing.inputs import make_inputs, random_kept, random_spans
+from streamkernels.testing.inputs import make_inputs, random_kept, random_spans, spread_options
 
 from .span_calls import both, check, check_repeated, off_borders, run
 
@@ -48,6 +48,12 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_accurate(case: Case) -> None:
     check_repeated(make_inputs(case, "cuda"))
+
+
+@pytest.mark.parametrize("mask", ["bottom_right", "kept", "sink"])
+def test_options_of_any_strides(mask: str) -> None:
+    x = make_inputs(Case(2, 8, 4, 9, 300, 64, mask, BF16, sink_logits=True), "cuda")
+    assert all(torch.equal(a, b) for a, b in zip(run(x), run(spread_options(x)), strict=True))
 
 
 def every_rule(T: int, S: int) -> Spans:

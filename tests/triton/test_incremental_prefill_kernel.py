@@ -17,6 +17,7 @@ from streamkernels.backends.select import explain
 from streamkernels.core.cache import SOURCE, TARGET, StreamCache
 from streamkernels.ops.incremental_prefill import incremental_prefill
 from streamkernels.testing.compare import assert_accurate, influence
+from streamkernels.testing.inputs import spread
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -199,6 +200,20 @@ def test_backward(name, dtype):
     role = arguments[11]
     if role is not None:
         assert (ours[0].transpose(1, 2)[role < 0] == 0).all() and (ours[1].transpose(1, 2)[role < 0] == 0).all()
+
+
+def test_options_of_any_strides():
+    arguments = make(replace(LONG, T=5, begin=(40, 30), sink_logits=True), torch.float16)
+    loose = list(arguments)
+    for place in (9, *range(11, 16), -3):
+        if isinstance(loose[place], Tensor):
+            loose[place] = spread(loose[place])
+    assert not loose[-3].is_contiguous() and not loose[9].is_contiguous()
+    for x, y in zip(run(arguments, "triton")[:2], run(loose, "triton")[:2], strict=True):
+        assert torch.equal(x, y)
+    exact = [wide(x) for x in arguments]
+    for x, y in zip(gradients(arguments, exact, "triton"), gradients(loose, exact, "triton"), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_padding_may_hold_anything():

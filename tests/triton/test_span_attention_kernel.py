@@ -21,7 +21,7 @@ from streamkernels.testing.cases import CPU_CASES, GPU_CASES, Case
 from streamkernels.testing.compare import assert_accurate, influence
 from streamkernels.testing.dense import dense_attention
 from streamkernels.testing.gradients import NAMES, assert_all_accurate, forward_and_backward
-from streamkernels.testing.inputs import make_inputs, random_kept, random_spans
+from streamkernels.testing.inputs import make_inputs, random_kept, random_spans, spread_options
 
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -113,6 +113,26 @@ def test_every_rule_at_once():
     plain = forward_and_backward(dense_attention, x)
     exact = forward_and_backward(dense_attention, x.to(FP64))
     assert_all_accurate(x, ours, plain, exact)
+
+
+@pytest.mark.parametrize("mask", ["kept", "sink", "classes"])
+def test_options_of_any_strides(mask):
+    x = make_inputs(Case(2, 4, 2, 40, 70, 16, mask, torch.float16, sink_logits=True), DEVICE)
+    packed, spread = (forward_and_backward(both, y, backend="triton") for y in (x, spread_options(x)))
+    assert all(torch.equal(a, b) for a, b in zip(packed, spread, strict=True))
+
+
+def test_lse_of_rows_that_see_nothing_has_no_gradient():
+    """Whoever goes on with lse = -inf may well get NaN back for it."""
+    x = make_inputs(Case(1, 2, 1, 70, 70, 16, "causal", torch.float16, sink_logits=True), DEVICE)
+    x.spans.bounds[:, 5:40:3] = 0
+    found = []
+    for value in (0.0, float("nan")):
+        leaves = x.leaves()
+        o, lse = both(*leaves[:3], x.spans, scale=x.scale, sink_logits=leaves[3], backend="triton")
+        dlse = x.dlse.masked_fill(lse.isinf(), value)
+        found.append(torch.autograd.grad((o, lse), leaves, (x.do, dlse)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def every_class_rule(T: int, S: int, classes: int, rules: tuple[int, ...], class_sink: bool = True) -> Spans:

@@ -64,7 +64,7 @@ def incremental_prefill(
     with on_device_of(q):
         if plan.merge is not None:
             parts = empty(*plan.parts, torch.float32).split(plan.pieces)
-        logits = lse if sink_logits is None else sink_logits
+        logits = lse if sink_logits is None else sink_logits.contiguous()
         plan.attend(
             *(segments if plan.boxes else (None, None, None, None)),
             q, k, v, *((q, q) if cos is None or sin is None else (cos, sin)), *segments, length, status,

@@ -50,8 +50,9 @@ def incremental_prefill_backward(
             turned = _rotate(q, cos, sin, meta), _rotate(k, cos, sin, meta)
         q, k, v, do = aligned(turned[0]), aligned(turned[1]), aligned(v), aligned(do.to(q.dtype))
         total, delta, share = (torch.empty_like(lse) for _ in range(3))
+        logits = lse if sink_logits is None else sink_logits.contiguous()
         row_statistics_kernel[(B * H, triton.cdiv(T, 32))](
-            o, do, lse, lse if dlse is None else dlse, lse if sink_logits is None else sink_logits, total, delta, share,
+            o, do, lse, lse if dlse is None else dlse, logits, total, delta, share,
             T, H, *o.stride()[:3], *do.stride()[:3], *(lse if dlse is None else dlse).stride(),
             D=D, HAS_DLSE=dlse is not None, SINK_LOGITS=sink_logits is not None, PRECISION=meta["PRECISION"],
             BLOCK_T=32, BLOCK_D=tiles.block_d(D), num_warps=4,

@@ -65,7 +65,7 @@ def span_attention(
         gathered = (None, None) if plan.gather is None else plan.gathered(k, v, *lists[1:3])
         plan.launch(
             q, k, v, k, v, *gathered, o, lse, bounds, row_blocks, *[bounds if x is None else x for x in lists],
-            lse if sink_logits is None else sink_logits,
+            lse if sink_logits is None else sink_logits.contiguous(),
         )  # fmt: skip
     return o, lse
 
@@ -153,7 +153,7 @@ def span_attention_backward(
     work = empty(*plan.work, fp32)
     share = work if sink_logits is None else torch.empty_like(lse)
     mass = empty(*plan.masses, fp32) if plan.masses else work
-    logits = lse if sink_logits is None else sink_logits
+    logits = lse if sink_logits is None else sink_logits.contiguous()
     seen = [bounds if x is None else x for x in lists]
     with on_device_of(q):
         rows = (o, lse, lse if dlse is None else dlse)
