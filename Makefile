@@ -71,7 +71,7 @@ lint: $(VENV)/test $(VENV)/lint
 	@$(BIN)/clang-format --dry-run -Werror $(CUDA_SOURCES)
 
 # only a log of ptxas says whether it makes products of a warpgroup wait for each other
-ASYNCHRONOUS = $(wildcard csrc/span_attention/hopper/*.cu csrc/incremental_prefill/instances/plain_*.cu)
+ASYNCHRONOUS = $(wildcard csrc/span_attention/hopper/*.cu csrc/incremental_prefill/instances/plain.cu)
 
 compile-check: compile-check-cuda compile-check-triton
 

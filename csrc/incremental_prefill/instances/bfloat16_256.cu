@@ -1,7 +1,0 @@
-#include "incremental_prefill/instance.cuh"
-
-namespace sk::incremental_prefill {
-
-template const Instance* instances<BFloat16, 256>();
-
-}  // namespace sk::incremental_prefill

@@ -1,7 +1,0 @@
-#include "incremental_prefill/plain/instance.cuh"
-
-namespace sk::incremental_prefill {
-
-template const PlainInstance* plain_instances<Float16>(int D);
-
-}  // namespace sk::incremental_prefill
