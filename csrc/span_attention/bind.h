@@ -110,29 +110,33 @@ inline void bind(pybind11::module_& m) {
   m.def(
       "span_attention_many_backward",
       [](Rows q, Rows k, Rows v, Rows o, Rows dout, uintptr_t lse, uintptr_t dlse, uintptr_t bounds,
-         uintptr_t row_blocks, uintptr_t key_blocks, uintptr_t dq, uintptr_t dk, uintptr_t dv, int B, int H, int HK,
-         int T, int S, int D, int N, const pybind11::tuple& rules, double scale, double softcap, int dtype, int device,
-         uintptr_t work, uintptr_t tickets, uintptr_t counters, uintptr_t stream) {
-        border::require(dtype == static_cast<int>(DType::kBFloat16), "span_attention: q: expected bfloat16");
+         uintptr_t row_blocks, uintptr_t key_blocks, uintptr_t sink_logits, bool sink_logits_fp32, uintptr_t dq,
+         uintptr_t dk, uintptr_t dv, uintptr_t sink_gradient, int B, int H, int HK, int T, int S, int D, int N,
+         const pybind11::tuple& rules, double scale, double softcap, int dtype, int device, uintptr_t work,
+         uintptr_t tickets, uintptr_t counters, uintptr_t stream) {
         hopper::Backward x{};
-        x.p = params_of(q, k, v, dq, lse, bounds, {}, {}, {}, 0, false, B, H, HK, T, S, D, N, 0, rules, scale, softcap,
-                        dtype);
+        x.p = params_of(q, k, v, dq, lse, bounds, {}, {}, {}, sink_logits, sink_logits_fp32, B, H, HK, T, S, D, N, 0,
+                        rules, scale, softcap, dtype);
         border::require(aligned(o, 2) && aligned(dout, 2), "span_attention: do: expected rows on 16-byte borders");
         border::require(o.data && dout.data && row_blocks && key_blocks && dk && dv && work && tickets && counters,
                         "span_attention: do: expected no null pointer");
+        border::require((sink_gradient != 0) == (sink_logits != 0),
+                        "span_attention: sink_gradient: expected one exactly if there are sink logits");
         x.o = o, x.dout = dout;
         x.dlse = static_cast<const float*>(border::address(dlse));
+        x.sink_gradient = static_cast<float*>(border::address(sink_gradient));
         x.dq = border::address(dq), x.dk = border::address(dk), x.dv = border::address(dv);
         x.row_blocks = static_cast<const int32_t*>(border::address(row_blocks));
         x.key_blocks = static_cast<const int32_t*>(border::address(key_blocks));
         x.work = static_cast<float*>(border::address(work));
         x.tickets = static_cast<int*>(border::address(tickets));
         x.counters = static_cast<int*>(border::address(counters));
-        hopper::launch(x, device, stream);
+        hopper::launch(x, static_cast<DType>(dtype), device, stream);
       },
-      "q"_a, "k"_a, "v"_a, "o"_a, "dout"_a, "lse"_a, "dlse"_a, "bounds"_a, "row_blocks"_a, "key_blocks"_a, "dq"_a,
-      "dk"_a, "dv"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "rules"_a, "scale"_a, "softcap"_a, "dtype"_a,
-      "device"_a, "work"_a, "tickets"_a, "counters"_a, "stream"_a);
+      "q"_a, "k"_a, "v"_a, "o"_a, "dout"_a, "lse"_a, "dlse"_a, "bounds"_a, "row_blocks"_a, "key_blocks"_a,
+      "sink_logits"_a, "sink_logits_fp32"_a, "dq"_a, "dk"_a, "dv"_a, "sink_gradient"_a, "B"_a, "H"_a, "HK"_a, "T"_a,
+      "S"_a, "D"_a, "N"_a, "rules"_a, "scale"_a, "softcap"_a, "dtype"_a, "device"_a, "work"_a, "tickets"_a,
+      "counters"_a, "stream"_a);
 }
 
 }  // namespace sk::span_attention

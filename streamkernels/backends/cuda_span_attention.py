@@ -59,11 +59,11 @@ def span_attention(
         return o.zero_().transpose(1, 2), lse.fill_(-math.inf)
     if B * H * T:
         (q, k, v), bounds = map(_for_maps if T > MOST_ROWS else _on_borders, (q, k, v)), bounds.contiguous()
-        sinks = (0, False) if sink_logits is None else (sink_logits.data_ptr(), sink_logits.dtype == torch.float32)
+        sink_logits = None if sink_logits is None else sink_logits.contiguous()
         arguments = (
             rows_of(q), rows_of(k), rows_of(v), o.data_ptr(), lse.data_ptr(), bounds.data_ptr(),
             NO_TABLE if sink_key is None else first_strides(sink_key), NO_ROWS if kept is None else _lists(kept),
-            NO_TABLE if kept_count is None else first_strides(kept_count), *sinks,
+            NO_TABLE if kept_count is None else first_strides(kept_count), *_sinks(sink_logits),
             B, H, HK, T, S, D, bounds.shape[2], 0 if kept is None else kept.shape[2], tuple(rules), scale, softcap,
             DTYPES[q.dtype], device.index,
         )  # fmt: skip
@@ -83,20 +83,22 @@ def span_attention(
 def span_attention_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv as q, k, v (stored rows first), d sink_logits: two launches on Hopper of many rows of bf16 where
-    there are no sink logits, else Triton's."""
+    """dq, dk, dv as q, k, v (stored rows first), d sink_logits [H] (None without): two launches on Hopper where the
+    forward was its kernel for many rows, else Triton's."""
     bounds, rules, *_, sink_logits, row_blocks, key_blocks, scale, softcap = options
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
     device = q.device
-    ours = T > MOST_ROWS and B * S > 0 and sink_logits is None and q.dtype == torch.bfloat16
-    if not ours or not _has_many(device.index):
+    if T <= MOST_ROWS or B * S == 0 or not _has_many(device.index):
         return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *options)
     if row_blocks is None:
         row_blocks, key_blocks = triton.prepare(bounds, S)
     q, k, v, o, do = map(_for_maps, (q, k, v, o, do))
     bounds, row_blocks, key_blocks, lse = (x.contiguous() for x in (bounds, row_blocks, key_blocks, lse))
     dlse = None if dlse is None else dlse.contiguous()
+    # what each row adds to d sink_logits
+    share = None if sink_logits is None else torch.empty_like(lse)
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
     dq, (dk, dv) = q.new_empty((B, T, H, D)), (k.new_empty((B, S, HK, D)) for _ in "kv")
     module, stream = _ext.load(), stream_of(device)
     floats, counters = module.span_attention_many_work(B, H, HK, T, S, D, device.index)
@@ -104,11 +106,13 @@ def span_attention_backward(
     tickets = _counters(module, device, stream, counters).data_ptr()
     module.span_attention_many_backward(
         *map(rows_of, (q, k, v, o, do)), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
-        *(x.data_ptr() for x in (bounds, row_blocks, key_blocks, dq, dk, dv)), B, H, HK, T, S, D, bounds.shape[2],
-        tuple(rules), scale, softcap, DTYPES[q.dtype], device.index, work.data_ptr(), tickets, tickets + 4 * TICKETS,
-        stream,
+        *(x.data_ptr() for x in (bounds, row_blocks, key_blocks)), *_sinks(sink_logits),
+        *(x.data_ptr() for x in (dq, dk, dv)), 0 if share is None else share.data_ptr(),
+        B, H, HK, T, S, D, bounds.shape[2], tuple(rules), scale, softcap, DTYPES[q.dtype], device.index,
+        work.data_ptr(), tickets, tickets + 4 * TICKETS, stream,
     )  # fmt: skip
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+    dsink = None if share is None or sink_logits is None else share.sum((0, 2)).to(sink_logits.dtype)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsink
 
 
 def _counters(module: ModuleType, device: torch.device, stream: int, needed: int) -> Tensor:
@@ -133,6 +137,11 @@ def _for_maps(x: Tensor) -> Tensor:
     rows = _on_borders(x)
     expanded = any(stride <= 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True))
     return rows.clone(memory_format=torch.contiguous_format) if expanded else rows
+
+
+def _sinks(sink_logits: Tensor | None) -> tuple[int, bool]:
+    """The address of contiguous sink logits, and whether they are fp32."""
+    return (0, False) if sink_logits is None else (sink_logits.data_ptr(), sink_logits.dtype == torch.float32)
 
 
 def _lists(kept: Tensor) -> tuple[int, int, int, int]:

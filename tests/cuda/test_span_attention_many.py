@@ -17,7 +17,7 @@ from streamkernels.testing.compare import influence
 from streamkernels.testing.dense import dense_attention
 from streamkernels.testing.gradients import assert_all_accurate, forward_and_backward
 from streamkernels.testing.graphs import assert_step_is_replayed
-from streamkernels.testing.inputs import make_inputs, random_spans
+from streamkernels.testing.inputs import make_inputs, random_spans, spread_options
 
 from .span_calls import both, check, check_repeated, off_borders, run
 
@@ -119,9 +119,9 @@ GRADIENTS = [
     Case(3, 6, 3, 300, 300, 128, "packed", BF16, layout="packed_qkv"),
     Case(2, 4, 4, 128, 128, 64, "causal", BF16, layout="bhtd"),
     Case(1, 32, 32, 2048, 2048, 128, "wait_k", BF16),
-    # Triton's
     CASES[5],
     Case(2, 4, 2, 200, 200, 64, "packed", FP16),
+    Case(1, 8, 4, 333, 333, 128, "window", FP16, sharp=4.0, sink_logits=True),
 ]
 
 
@@ -148,6 +148,25 @@ def test_gradients_of_any_spans(N: int, T: int, S: int, H: int) -> None:
     plain = forward_and_backward(dense_attention, x)
     exact = forward_and_backward(dense_attention, x.to(torch.float64))
     assert_all_accurate(x, forward_and_backward(both, spoiled, backend="cuda"), plain, exact)
+
+
+def test_options_of_any_strides() -> None:
+    x = make_inputs(Case(2, 8, 2, 90, 150, 64, "bottom_right", BF16, sink_logits=True), "cuda")
+    packed, spread = (forward_and_backward(both, y, backend="cuda") for y in (x, spread_options(x)))
+    assert all(torch.equal(a, b) for a, b in zip(packed, spread, strict=True))
+
+
+def test_lse_of_rows_that_see_nothing_has_no_gradient() -> None:
+    """Whoever goes on with lse = -inf may well get NaN back for it."""
+    x = make_inputs(Case(1, 4, 2, 200, 200, 128, "causal", BF16, sink_logits=True), "cuda")
+    x.spans.bounds[:, 5:140:3] = 0
+    found = []
+    for value in (0.0, NAN):
+        leaves = x.leaves()
+        o, lse = both(*leaves[:3], x.spans, scale=x.scale, sink_logits=leaves[3])
+        dlse = x.dlse.masked_fill(lse.isinf(), value)
+        found.append(torch.autograd.grad((o, lse), leaves, (x.do, dlse)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_rows_that_maps_cannot_describe_are_copied() -> None:

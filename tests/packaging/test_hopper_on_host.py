@@ -22,7 +22,7 @@ from streamkernels.testing.cases import Case
 from streamkernels.testing.compare import assert_accurate
 from streamkernels.testing.dense import dense_attention
 from streamkernels.testing.gradients import assert_all_accurate, forward_and_backward
-from streamkernels.testing.inputs import Inputs, make_inputs, random_spans
+from streamkernels.testing.inputs import Inputs, make_inputs, random_spans, spread_options
 
 NAN = float("nan")
 AT_ONCE, LATE, ANY_TIME = range(3)
@@ -71,13 +71,13 @@ class Host:
         assert held.count_nonzero() == 0
 
     def run_backward(self, x: Inputs, o: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, ...]:
-        *gradients, dsink_logits = cuda_span_attention.span_attention_backward(
-            x.do, dlse, x.q, x.k, x.v, o, lse, x.spans.bounds, tuple(int(rule) for rule in x.spans.rules), *[None] * 10,
-            x.scale, 0.0,
+        gradients = cuda_span_attention.span_attention_backward(
+            x.do, dlse, x.q, x.k, x.v, o, lse, x.spans.bounds, tuple(int(rule) for rule in x.spans.rules), *[None] * 7,
+            x.sink_logits, None, None, x.scale, 0.0,
         )  # fmt: skip
         self.check_counters()
-        assert dsink_logits is None
-        return tuple(gradients)
+        assert (gradients[3] is None) == (x.sink_logits is None)
+        return tuple(gradient for gradient in gradients if gradient is not None)
 
     def check_backward(self, x: Inputs, with_dlse: bool = True) -> tuple[Tensor, ...]:
         """Accurate, whatever keys and values that nobody sees are."""
@@ -138,8 +138,8 @@ def test_accurate_at_any_pace(host: Host, case: Case, pace: int) -> None:
 @pytest.mark.parametrize("pace", [AT_ONCE, LATE, ANY_TIME])
 @pytest.mark.parametrize("case", [
     Case(1, 6, 2, 300, 300, 64, "wait_k", torch.bfloat16),
-    Case(2, 2, 2, 130, 130, 64, "causal", torch.bfloat16, sharp=8.0, layout="packed_qkv"),
-    Case(1, 4, 2, 66, 450, 128, "bottom_right", torch.bfloat16),
+    Case(2, 2, 2, 130, 130, 64, "causal", torch.float16, sharp=8.0, sink_logits=True, layout="packed_qkv"),
+    Case(1, 4, 2, 66, 450, 128, "bottom_right", torch.bfloat16, sink_logits=True),
 ], ids=str)  # fmt: skip
 def test_gradients_at_any_pace(host: Host, case: Case, pace: int) -> None:
     x = make_inputs(case)
@@ -164,12 +164,40 @@ def test_gradients_of_any_spans(host: Host, N: int, H: int) -> None:
 
 def test_gradients_that_are_left_to_triton(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "span_attention_backward", lambda *a: (None, None, None, None))
-    for T, dtype, sinks in ((64, torch.bfloat16, False), (65, torch.float16, False), (65, torch.bfloat16, True)):
-        x = make_inputs(Case(1, 2, 1, T, T, 64, "causal", dtype, sink_logits=sinks))
-        tensors = (x.do, None, x.q, x.k, x.v, x.q, torch.zeros(1, 2, T), x.spans.bounds)
-        rest = *[None] * 7, x.sink_logits, None, None, x.scale, 0.0
-        found = cuda_span_attention.span_attention_backward(*tensors, (0,), *rest)
-        assert found == (None, None, None, None)
+    x = make_inputs(Case(1, 2, 1, 64, 64, 64, "causal", torch.bfloat16))
+    tensors = (x.do, None, x.q, x.k, x.v, x.q, torch.zeros(1, 2, 64), x.spans.bounds)
+    found = cuda_span_attention.span_attention_backward(*tensors, (0,), *[None] * 10, x.scale, 0.0)
+    assert found == (None, None, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_sink_logits(host: Host, dtype: torch.dtype) -> None:
+    """Sinks that take nearly everything, nearly nothing, and half, of rows some of which see nothing."""
+    x = make_inputs(Case(2, 4, 2, 100, 140, 64, "bottom_right", torch.bfloat16, sink_logits=True))
+    bounds = random_spans(2, 100, 140, 1, torch.Generator().manual_seed(3)).bounds
+    logits = torch.tensor([30.0, -60.0, 5.0, 0.0], dtype=dtype)
+    host.check_backward(replace(x, spans=Spans(bounds), sink_logits=logits))
+
+
+def test_options_of_any_strides(host: Host) -> None:
+    x = make_inputs(Case(1, 4, 2, 70, 90, 64, "bottom_right", torch.bfloat16, sink_logits=True))
+    found = []
+    for y in (x, spread_options(x)):
+        o, lse = host.run(y)
+        found.append((o, lse, *host.run_backward(y, o, lse, y.dlse)))
+    assert len(found[0]) == 6 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_lse_of_rows_that_see_nothing_has_no_gradient(host: Host, sinks: bool) -> None:
+    """Whoever goes on with lse = -inf may well get NaN back for it."""
+    x = make_inputs(Case(1, 2, 1, 70, 90, 64, "bottom_right", torch.bfloat16, sink_logits=sinks))
+    x.spans.bounds[:, 5:40:3] = 0
+    o, lse = host.run(x)
+    blind = lse.isinf()
+    assert blind.any()
+    clean, odd = (host.run_backward(x, o, lse, x.dlse.masked_fill(blind, value)) for value in (0.0, NAN))
+    assert all(torch.equal(a, b) for a, b in zip(clean, odd, strict=True))
 
 
 def test_overlapping_slots_count_twice(host: Host) -> None:

@@ -211,9 +211,7 @@ struct Reader {
       const float lse = l == 0.f ? -INFINITY : (state.m[i] + log2_fast(l)) * kLn2;
       gate[i] = l == 0.f ? 0.f : __fdividef(1.f, l);
       if (c.sink_logits != nullptr && l != 0.f) {
-        const float logit = c.sink_logits_fp32 ? static_cast<const float*>(c.sink_logits)[h]
-                                               : to_float(static_cast<const Element*>(c.sink_logits)[h]);
-        gate[i] = __fdividef(gate[i], 1.f + __expf(logit - lse));
+        gate[i] = __fdividef(gate[i], 1.f + __expf(sink_logit<Element>(c, h) - lse));
       }
       const int t = first + lane / 4 + 8 * i;
       if (lane % 4 == 0 && t < c.T) c.lse[int64_t{item.head} * c.T + t] = lse;

@@ -26,9 +26,12 @@ Instance instance_of() {
   using B = dkdv::Shape<Element, D>;
   return {dq::dq_kernel<A>, dkdv::dkdv_kernel<B>, {A::kShared, B::kShared}};
 }
-// Of bf16 alone, which is what models are trained in: fp16's would take as much of the library again.
+template <typename Element>
 Instance choose(int D) {
-  return D == 64 ? instance_of<BFloat16, 64>() : instance_of<BFloat16, 128>();
+  return D == 64 ? instance_of<Element, 64>() : instance_of<Element, 128>();
+}
+Instance choose(DType dtype, int D) {
+  return dtype == DType::kFloat16 ? choose<Float16>(D) : choose<BFloat16>(D);
 }
 
 }  // namespace
@@ -38,12 +41,14 @@ void preload_backward(int device) {
   if (!here(device)) return;
   std::call_once(allowed[device], [device] {
     const DeviceGuard guard(device);
-    for (const int D : {64, 128}) {
-      const Instance i = choose(D);
-      check(cudaFuncSetAttribute(i.queries, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[0]),
-            "span_attention: asking for shared memory");
-      check(cudaFuncSetAttribute(i.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[1]),
-            "span_attention: asking for shared memory");
+    for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+      for (const int D : {64, 128}) {
+        const Instance i = choose(dtype, D);
+        check(cudaFuncSetAttribute(i.queries, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[0]),
+              "span_attention: asking for shared memory");
+        check(cudaFuncSetAttribute(i.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, i.shared[1]),
+              "span_attention: asking for shared memory");
+      }
     }
   });
 }
@@ -52,14 +57,13 @@ Work work_of(int B, int H, int HK, int T, int S, int D, int device) {
   return work_of(Cut(B, H, HK, T, S, multiprocessors(device)), B, H, HK, D);
 }
 
-void launch(const Backward& x, int device, uintptr_t stream) {
-  constexpr DType dtype = DType::kBFloat16;
+void launch(const Backward& x, DType dtype, int device, uintptr_t stream) {
   const Params& p = x.p;
   if (p.B == 0 || p.H == 0 || p.T == 0) return;
   if (const char* why = refuses(p, device)) throw NotSupported(why);
   preload_backward(device);
   const DeviceGuard guard(device);
-  const Instance instance = choose(p.D);
+  const Instance instance = choose(dtype, p.D);
   const int processors = multiprocessors(device);
   const Cut cut(p.B, p.H, p.HK, p.T, p.S, processors);
   const auto q = [&](int box) { return map_of(p.q, dtype, p.B, p.H, p.T, p.D, box); };

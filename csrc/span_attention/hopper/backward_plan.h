@@ -44,6 +44,7 @@ inline dq::Inputs inputs_of(const Backward& x, const Cut& cut) {
           x.p.lse,
           x.dlse,
           reinterpret_cast<dq::Statistics*>(x.work),
+          x.sink_gradient,
           static_cast<float>(x.p.scale),
           64 * cut.TB};
 }

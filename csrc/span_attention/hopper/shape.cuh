@@ -33,6 +33,13 @@ constexpr int kWhole = 1;   // every row sees all of them
 constexpr int kShort = 2;   // like kMasked; nobody sees those from `end` on
 constexpr int kHoles = 3;   // like kMasked; nobody may see any of them
 
+// The sink logit of a query head, of a call that has some.
+template <typename Element>
+__device__ __forceinline__ float sink_logit(const Call& c, int h) {
+  return c.sink_logits_fp32 ? static_cast<const float*>(c.sink_logits)[h]
+                            : to_float(static_cast<const Element*>(c.sink_logits)[h]);
+}
+
 template <typename ELEMENT, int HEAD_DIM>
 struct Shape {
   using Element = ELEMENT;

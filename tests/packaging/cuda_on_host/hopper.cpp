@@ -81,7 +81,8 @@ void preload_backward(int) {}
 Work work_of(int B, int H, int HK, int T, int S, int D, int) {
   return work_of(Cut(B, H, HK, T, S, kProcessors), B, H, HK, D);
 }
-void launch(const Backward& x, int, uintptr_t) {
+void launch(const Backward& x, DType dtype, int, uintptr_t) {
+  if (dtype == DType::kFloat16) return x.p.D == 64 ? derive<Float16, 64>(x) : derive<Float16, 128>(x);
   x.p.D == 64 ? derive<BFloat16, 64>(x) : derive<BFloat16, 128>(x);
 }
 

@@ -8,7 +8,8 @@ namespace sk::span_attention::hopper::dq {
 
 constexpr int kStatWarps = 3;
 
-// Of a row: lse in powers of two (infinite for one that has seen nothing), and the sum of do o - dlse.
+// Of a row: the logarithm of its denominator to base 2 (infinite for one that has seen nothing), and what is subtracted
+// from do v: do o, less what comes through lse.
 struct Statistics {
   float lse, delta;
 };
@@ -19,6 +20,7 @@ struct Inputs {
   int64_t o_b, o_h, o_t, do_b, do_h, do_t;
   const float *lse, *dlse;  // [B, H, T]; dlse may be null
   Statistics* statistics;   // [B, H, rows], written
+  float* sink_gradient;     // [B, H, T], written if there are sink logits
   float factor;             // of dq: the scale
   int rows;                 // of a head in `statistics`: T rounded up to a multiple of 64
 };
