@@ -58,6 +58,17 @@ def test_every_row_of_wait_k(small):
         assert sorted(goals) == [">= 2", "aim >= 2"]
 
 
+def test_rows_of_the_cuda_kernel(small, monkeypatch):
+    monkeypatch.setattr(bench, "cuda_runs", lambda sets, spans: True)
+    plain = bench.ours
+    monkeypatch.setattr(bench, "ours", lambda sets, spans, named=None: plain(sets, spans))
+    works = [row["work"] for row in rows_of(bench.test_host_visible, "forward + backward")]
+    assert [work.startswith("host-visible, CUDA") for work in works] == [False, False, True, True]
+    for S, parts in ((0, ["forward", "backward"]), (200, ["forward"])):
+        rows = rows_of(bench.test_cuda_for_many_rows, "some rows", small, S)
+        assert [(row["part"], row["peer"]) for row in rows] == [(part, "Triton") for part in parts]
+
+
 def test_every_other_row(small):
     for part in ("forward", "backward"):
         assert [row["met"] for row in rows_of(bench.test_causal, part)] == ["yes", "yes"]
