@@ -118,7 +118,6 @@ void preload_pruned(int device) {
   sk::rotate::preload(device);
   sk::span_attention::preload(device);
   sk::span_attention::hopper::preload(device);
-  sk::span_attention::hopper::preload_backward(device);
 }
 
 // streamkernels.CudaError lives in Python, so that it can be named without this module
@@ -157,6 +156,15 @@ PyObject* incremental_prefill(PyObject*, PyObject* const* arguments, Py_ssize_t 
   });
 }
 
+PyObject* span_attention_many(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([=]() -> PyObject* {
+    using namespace sk::span_attention;
+    require(count == kManyTensors + kManyNumbers, "span_attention: expected 8 tensors and 2 numbers");
+    run_many(arguments);
+    Py_RETURN_NONE;
+  });
+}
+
 PyObject* capture_id(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([=]() -> PyObject* {
     require(count == 1, "capture_id: expected a stream");
@@ -170,12 +178,13 @@ PyObject* relaunch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([=] { return sk::relaunch::run(arguments, count); });
 }
 
-void bind_incremental_prefill(py::module_& m) {
+void bind_fast(py::module_& m) {
   sk::tensors::bind(m);
   sk::incremental_prefill::bind(m);
   sk::relaunch::bind(m);
   static PyMethodDef methods[] = {
       sk::tensors::method("incremental_prefill", &incremental_prefill, "One step: 20 tensors, then 11 numbers."),
+      sk::tensors::method("span_attention_many", &span_attention_many, "8 tensors, then a scale and a stream."),
       sk::tensors::method("capture_id", &capture_id, "A number of the capture that a stream is part of; else 0."),
       sk::tensors::method("relaunch", &relaunch, "What `make_relaunch` made, a stream, tensors: whether it ran."),
       {nullptr, nullptr, 0, nullptr},
@@ -209,6 +218,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("device"));
   bind_rotate_append(m);
-  bind_incremental_prefill(m);
+  bind_fast(m);
   bind_pruned(m);
 }

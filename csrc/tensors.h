@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "streamkernels/dlpack.h"
+#include "streamkernels/tensor.h"
 
 namespace sk::tensors {
 
@@ -41,6 +42,25 @@ inline bool read(PyObject* object, dlpack::Tensor& out) {
   if (known.exchange->read(object, &out) == 0) return true;
   PyErr_Clear();
   return false;
+}
+
+// The code of Python's `DTYPES`; -1 for another dtype.
+inline int dtype_of(const dlpack::Tensor& x) {
+  const dlpack::DataType type = x.dtype;
+  if (type.code == dlpack::kBFloat && type.bits == 16) return static_cast<int>(DType::kBFloat16);
+  if (type.code != dlpack::kFloat || (type.bits != 16 && type.bits != 32)) return -1;
+  return static_cast<int>(type.bits == 16 ? DType::kFloat16 : DType::kFloat32);
+}
+
+inline double read_real(PyObject* number) {
+  const double x = PyFloat_AsDouble(number);
+  if (x == -1.0 && PyErr_Occurred()) throw pybind11::error_already_set();
+  return x;
+}
+inline int64_t read_integer(PyObject* number) {
+  const int64_t x = PyLong_AsLongLong(number);
+  if (x == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+  return x;
 }
 
 class Bytes {

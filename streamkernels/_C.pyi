@@ -9,7 +9,7 @@ def unavailable_reason(device: int = -1) -> str: ...
 def preload(device: int) -> None: ...
 def capture_id(stream: int) -> int: ...
 
-# whether tensors can be read by the functions that their class hands out; the next four need it
+# whether tensors can be read by the functions that their class hands out; the next five need it
 def read_tensors(exchange: object, tensor: type, parameter: type) -> bool: ...
 
 # what tells calls apart: how many tensors (each of them or None), these, then options
@@ -20,6 +20,9 @@ def signature(count: int, *arguments: object) -> bytes | None: ...
 
 # 20 tensors, then 11 numbers, in the order of csrc/incremental_prefill/bind.h
 def incremental_prefill(*arguments: object) -> None: ...
+
+# q, k, v, bounds, sink_logits or None, o, lse, tickets, then scale and stream
+def span_attention_many(*arguments: object) -> None: ...
 
 # a Triton kernel's launch: parameters (kind, tensor, bytes of a number), kinds "n" (a number), "p" (a tensor's address)
 # and "m" (its map, which make_map(tensor's place, tensor) makes); then whether it was launched over other tensors
@@ -242,66 +245,3 @@ def span_attention(
     stream: int,
 ) -> None: ...
 def span_attention_many_here(device: int) -> bool: ...
-def span_attention_many(
-    q: _Rows,
-    k: _Rows,
-    v: _Rows,
-    o: int,
-    lse: int,
-    bounds: int,
-    sink_key: _Table,
-    kept: _Rows,
-    kept_count: _Table,
-    sink_logits: int,
-    sink_logits_fp32: bool,
-    B: int,
-    H: int,
-    HK: int,
-    T: int,
-    S: int,
-    D: int,
-    N: int,
-    K: int,
-    rules: tuple[int, ...],
-    scale: float,
-    softcap: float,
-    dtype: int,
-    device: int,
-    tickets: int,
-    stream: int,
-) -> None: ...
-def span_attention_many_work(B: int, H: int, HK: int, T: int, S: int, D: int, device: int) -> tuple[int, int]: ...
-def span_attention_many_backward(
-    q: _Rows,
-    k: _Rows,
-    v: _Rows,
-    o: _Rows,
-    dout: _Rows,
-    lse: int,
-    dlse: int,
-    bounds: int,
-    row_blocks: int,
-    key_blocks: int,
-    sink_logits: int,
-    sink_logits_fp32: bool,
-    dq: int,
-    dk: int,
-    dv: int,
-    sink_gradient: int,
-    B: int,
-    H: int,
-    HK: int,
-    T: int,
-    S: int,
-    D: int,
-    N: int,
-    rules: tuple[int, ...],
-    scale: float,
-    softcap: float,
-    dtype: int,
-    device: int,
-    work: int,
-    tickets: int,
-    counters: int,
-    stream: int,
-) -> None: ...

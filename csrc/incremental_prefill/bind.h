@@ -78,27 +78,18 @@ class Reader {
     address(i);
     for (int d = 0; d < 2; ++d) word(two ? x_[i].strides[d] : 0);
   }
-  // the code of Python's `DTYPES`
   int dtype(Place i) const {
-    const dlpack::DataType type = x_[i].dtype;
-    if (type.code == dlpack::kBFloat && type.bits == 16) return static_cast<int>(DType::kBFloat16);
-    border::require(type.code == dlpack::kFloat && (type.bits == 16 || type.bits == 32),
-                    "incremental_prefill: q: expected float32, float16 or bfloat16");
-    return static_cast<int>(type.bits == 16 ? DType::kFloat16 : DType::kFloat32);
+    const int code = tensors::dtype_of(x_[i]);
+    border::require(code >= 0, "incremental_prefill: q: expected float32, float16 or bfloat16");
+    return code;
   }
   void real(PyObject* number) {
-    const double x = PyFloat_AsDouble(number);
-    if (x == -1.0 && PyErr_Occurred()) throw pybind11::error_already_set();
+    const double x = tensors::read_real(number);
     int64_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     word(bits);
   }
-  void integer(PyObject* number) { word(read_integer(number)); }
-  static int64_t read_integer(PyObject* number) {
-    const int64_t x = PyLong_AsLongLong(number);
-    if (x == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
-    return x;
-  }
+  void integer(PyObject* number) { word(tensors::read_integer(number)); }
   void run() {
     // a launch waits where too many are under way
     const pybind11::gil_scoped_release others;

@@ -1,10 +1,13 @@
 // span_attention at the border to Python.
 #pragma once
 
-#include "span_attention/hopper/backward.h"
+#include <algorithm>
+#include <cstdint>
+
 #include "span_attention/hopper/params.h"
 #include "span_attention/params.h"
 #include "streamkernels/border.h"
+#include "tensors.h"
 
 namespace sk::span_attention {
 
@@ -54,6 +57,64 @@ inline Params params_of(Rows q, Rows k, Rows v, uintptr_t o, uintptr_t lse, uint
   return p;
 }
 
+// q, k, v, bounds, sink_logits (or None), o, lse, tickets, then scale and stream: Hopper's kernel for many rows of ATTEND
+// slots, its tensors read where they are.
+enum Many { kManyQ, kManyK, kManyV, kManyBounds, kManySinks, kManyO, kManyLse, kManyTickets, kManyTensors };
+constexpr int kManyNumbers = 2;
+
+inline void run_many(PyObject* const* arguments) {
+  dlpack::Tensor x[kManyTensors];
+  for (int i = 0; i < kManyTensors; ++i) {
+    if (i == kManySinks && arguments[i] == Py_None) continue;
+    border::require(tensors::read(arguments[i], x[i]), "span_attention: q: expected tensors");
+  }
+  const bool sinks = arguments[kManySinks] != Py_None;
+  const auto rows = [&](Many i) {
+    border::require(x[i].ndim == 4 && (x[i].strides[3] == 1 || x[i].shape[3] <= 1),
+                    "span_attention: q: expected four dims, the last of stride 1");
+    const Rows found{x[i].address(), x[i].strides[0], x[i].strides[1], x[i].strides[2]};
+    border::require(aligned(found, 2), "span_attention: q: expected rows on 16-byte borders");
+    return found;
+  };
+  const auto packed = [](const dlpack::Tensor& tensor) {
+    int64_t next = 1;
+    for (int i = tensor.ndim - 1; i >= 0; --i) {
+      if (tensor.shape[i] != 1 && tensor.strides[i] != next) return false;
+      next *= tensor.shape[i];
+    }
+    return true;
+  };
+  const dlpack::Tensor &q = x[kManyQ], &k = x[kManyK], &bounds = x[kManyBounds];
+  Params p{};
+  p.q = rows(kManyQ), p.k = rows(kManyK), p.v = rows(kManyV);
+  for (int i = 0; i < 4; ++i) {
+    border::require(q.shape[i] <= INT32_MAX && k.shape[i] <= INT32_MAX, "span_attention: q: too large");
+  }
+  p.B = static_cast<int>(q.shape[0]), p.H = static_cast<int>(q.shape[1]), p.T = static_cast<int>(q.shape[2]);
+  p.D = static_cast<int>(q.shape[3]), p.HK = static_cast<int>(k.shape[1]), p.S = static_cast<int>(k.shape[2]);
+  const int dtype = tensors::dtype_of(q);
+  border::require(dtype == static_cast<int>(DType::kFloat16) || dtype == static_cast<int>(DType::kBFloat16),
+                  "span_attention: q: expected float16 or bfloat16");
+  border::require(p.HK >= 1 && p.H % p.HK == 0, "span_attention: q: expected H a multiple of HK");
+  border::require(bounds.ndim == 4 && bounds.shape[2] >= 1 && bounds.shape[2] <= hopper::kMaxSlots && packed(bounds),
+                  "span_attention: spans: expected contiguous bounds of one or two slots");
+  border::require(!sinks || (x[kManySinks].ndim == 1 && packed(x[kManySinks])),
+                  "span_attention: sink_logits: expected contiguous ones");
+  p.o = x[kManyO].address(), p.lse = static_cast<float*>(x[kManyLse].address());
+  p.bounds = static_cast<const int32_t*>(bounds.address()), p.N = static_cast<int>(bounds.shape[2]);
+  if (sinks) {
+    p.sink_logits = x[kManySinks].address();
+    p.sink_logits_fp32 = tensors::dtype_of(x[kManySinks]) == static_cast<int>(DType::kFloat32);
+  }
+  std::fill(p.rules, p.rules + kMaxSlots, kAttend);
+  p.scale = tensors::read_real(arguments[kManyTensors]);
+  const auto stream = static_cast<uintptr_t>(tensors::read_integer(arguments[kManyTensors + 1]));
+  auto* const tickets = static_cast<int*>(x[kManyTickets].address());
+  // a launch waits where too many are under way
+  const pybind11::gil_scoped_release others;
+  hopper::launch(p, tickets, static_cast<DType>(dtype), q.device.index, stream);
+}
+
 inline void bind(pybind11::module_& m) {
   using namespace pybind11::literals;
   m.def(
@@ -85,58 +146,6 @@ inline void bind(pybind11::module_& m) {
       "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
       "dtype"_a, "device"_a, "room"_a, "splits"_a, "stream"_a);
   m.def("span_attention_many_here", &hopper::here, "device"_a);
-  m.def(
-      "span_attention_many",
-      [](Rows q, Rows k, Rows v, uintptr_t o, uintptr_t lse, uintptr_t bounds, Table sink_key, Rows kept,
-         Table kept_count, uintptr_t sink_logits, bool sink_logits_fp32, int B, int H, int HK, int T, int S, int D,
-         int N, int K, const pybind11::tuple& rules, double scale, double softcap, int dtype, int device,
-         uintptr_t tickets, uintptr_t stream) {
-        const Params p = params_of(q, k, v, o, lse, bounds, sink_key, kept, kept_count, sink_logits, sink_logits_fp32,
-                                   B, H, HK, T, S, D, N, K, rules, scale, softcap, dtype);
-        border::require(tickets, "span_attention: tickets: expected no null pointer");
-        hopper::launch(p, static_cast<int*>(border::address(tickets)), static_cast<DType>(dtype), device, stream);
-      },
-      "q"_a, "k"_a, "v"_a, "o"_a, "lse"_a, "bounds"_a, "sink_key"_a, "kept"_a, "kept_count"_a, "sink_logits"_a,
-      "sink_logits_fp32"_a, "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "N"_a, "K"_a, "rules"_a, "scale"_a, "softcap"_a,
-      "dtype"_a, "device"_a, "tickets"_a, "stream"_a);
-  m.def(
-      "span_attention_many_work",
-      [](int B, int H, int HK, int T, int S, int D, int device) {
-        border::require(B >= 1 && HK >= 1 && H >= HK && T >= 1 && S >= 1, "span_attention: q: expected sizes >= 1");
-        const hopper::Work work = hopper::work_of(B, H, HK, T, S, D, device);
-        return pybind11::make_tuple(work.floats, work.counters);
-      },
-      "B"_a, "H"_a, "HK"_a, "T"_a, "S"_a, "D"_a, "device"_a);
-  m.def(
-      "span_attention_many_backward",
-      [](Rows q, Rows k, Rows v, Rows o, Rows dout, uintptr_t lse, uintptr_t dlse, uintptr_t bounds,
-         uintptr_t row_blocks, uintptr_t key_blocks, uintptr_t sink_logits, bool sink_logits_fp32, uintptr_t dq,
-         uintptr_t dk, uintptr_t dv, uintptr_t sink_gradient, int B, int H, int HK, int T, int S, int D, int N,
-         const pybind11::tuple& rules, double scale, double softcap, int dtype, int device, uintptr_t work,
-         uintptr_t tickets, uintptr_t counters, uintptr_t stream) {
-        hopper::Backward x{};
-        x.p = params_of(q, k, v, dq, lse, bounds, {}, {}, {}, sink_logits, sink_logits_fp32, B, H, HK, T, S, D, N, 0,
-                        rules, scale, softcap, dtype);
-        border::require(aligned(o, 2) && aligned(dout, 2), "span_attention: do: expected rows on 16-byte borders");
-        border::require(o.data && dout.data && row_blocks && key_blocks && dk && dv && work && tickets && counters,
-                        "span_attention: do: expected no null pointer");
-        border::require((sink_gradient != 0) == (sink_logits != 0),
-                        "span_attention: sink_gradient: expected one exactly if there are sink logits");
-        x.o = o, x.dout = dout;
-        x.dlse = static_cast<const float*>(border::address(dlse));
-        x.sink_gradient = static_cast<float*>(border::address(sink_gradient));
-        x.dq = border::address(dq), x.dk = border::address(dk), x.dv = border::address(dv);
-        x.row_blocks = static_cast<const int32_t*>(border::address(row_blocks));
-        x.key_blocks = static_cast<const int32_t*>(border::address(key_blocks));
-        x.work = static_cast<float*>(border::address(work));
-        x.tickets = static_cast<int*>(border::address(tickets));
-        x.counters = static_cast<int*>(border::address(counters));
-        hopper::launch(x, static_cast<DType>(dtype), device, stream);
-      },
-      "q"_a, "k"_a, "v"_a, "o"_a, "dout"_a, "lse"_a, "dlse"_a, "bounds"_a, "row_blocks"_a, "key_blocks"_a,
-      "sink_logits"_a, "sink_logits_fp32"_a, "dq"_a, "dk"_a, "dv"_a, "sink_gradient"_a, "B"_a, "H"_a, "HK"_a, "T"_a,
-      "S"_a, "D"_a, "N"_a, "rules"_a, "scale"_a, "softcap"_a, "dtype"_a, "device"_a, "work"_a, "tickets"_a,
-      "counters"_a, "stream"_a);
 }
 
 }  // namespace sk::span_attention

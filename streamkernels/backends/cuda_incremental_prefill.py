@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _ext
 from ..triton_kernels.device.memory import Memory, packed
 from .room import Held
-from .tensors import DTYPES, reader, stream_of
+from .tensors import DTYPES, NO_READER, reader, stream_of
 
 if TYPE_CHECKING:
     from .select import Call
@@ -120,7 +120,7 @@ class Plan:
         extension = reader()
         if extension is None:
             _ext.load()
-            raise NotImplementedError("the CUDA kernel needs a torch with DLPack's C exchange API, as 2.11 has it")
+            raise NotImplementedError(NO_READER)
         self.launch, self.capture_id = extension.incremental_prefill, extension.capture_id
         self.dtype, self.device, self.index = dtype, device, device.index
         # o [B, H, T, D] stored [B, T, H, D]

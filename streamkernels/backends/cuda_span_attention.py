@@ -1,19 +1,20 @@
-"""The CUDA kernels of span_attention, for few query rows and for many on Hopper, from tensors to pointers."""
+"""The CUDA kernels of span_attention: for few query rows, from tensors to pointers, and for many on Hopper, which reads
+the tensors itself (csrc/span_attention/bind.h)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import _ext
+from ..triton_kernels.device.memory import Memory, packed, remembered, rows_first
 from . import triton
 from .room import Held
-from .tensors import DTYPES, NO_ROWS, NO_TABLE, first_strides, rows_of, stream_of
+from .tensors import DTYPES, NO_READER, NO_ROWS, NO_TABLE, first_strides, reader, rows_of, stream_of
 
 if TYPE_CHECKING:
     from .select import Call
@@ -23,11 +24,6 @@ HEAD_DIMS = (64, 96, 128, 256)
 # the kernel for more rows
 MANY_HEAD_DIMS, MANY_SLOTS = (64, 128), 2
 OPTIONS_OF_FEW = ("softcap", "mass", "sink", "kept")
-
-# what the blocks of a launch draw their work by: two ints, zero between launches; in a backward also what they join
-# parts of dk and dv by
-_tickets: Held[Tensor] = Held()
-TICKETS, SOME_COUNTERS = 2, 1022
 
 
 def span_attention(
@@ -49,16 +45,16 @@ def span_attention(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """o [B, H, T, D] stored [B, T, H, D] and lse fp32 [B, H, T]: one launch, and one more to join splits."""
+    """o [B, H, T, D] stored [B, T, H, D] and lse fp32 [B, H, T]: one launch; for few rows one more to join splits."""
+    if q.shape[2] > MOST_ROWS:
+        return _many(q, k, v, bounds, sink_logits, scale)
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
     device = q.device
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=device)
-    if T > MOST_ROWS and S == 0:
-        return o.zero_().transpose(1, 2), lse.fill_(-math.inf)
     if B * H * T:
-        (q, k, v), bounds = map(_for_maps if T > MOST_ROWS else _on_borders, (q, k, v)), bounds.contiguous()
+        (q, k, v), bounds = map(_on_borders, (q, k, v)), bounds.contiguous()
         sink_logits = None if sink_logits is None else sink_logits.contiguous()
         arguments = (
             rows_of(q), rows_of(k), rows_of(v), o.data_ptr(), lse.data_ptr(), bounds.data_ptr(),
@@ -68,62 +64,76 @@ def span_attention(
             DTYPES[q.dtype], device.index,
         )  # fmt: skip
         module, stream = _ext.load(), stream_of(device)
-        if T > MOST_ROWS:
-            module.span_attention_many(*arguments, _counters(module, device, stream, 0).data_ptr(), stream)
-        else:
-            splits = module.span_attention_splits(*arguments)
-            room = None
-            if splits > 1:
-                # sums and (top, sum) of every split
-                room = torch.empty(splits * B * H * T * (D + 2), dtype=torch.float32, device=device)
-            module.span_attention(*arguments, 0 if room is None else room.data_ptr(), splits, stream)
+        splits = module.span_attention_splits(*arguments)
+        room = None
+        if splits > 1:
+            # sums and (top, sum) of every split
+            room = torch.empty(splits * B * H * T * (D + 2), dtype=torch.float32, device=device)
+        module.span_attention(*arguments, 0 if room is None else room.data_ptr(), splits, stream)
     return o.transpose(1, 2), lse
 
 
-def span_attention_backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv as q, k, v (stored rows first), d sink_logits [H] (None without): two launches on Hopper where the
-    forward was its kernel for many rows, else Triton's."""
-    bounds, rules, *_, sink_logits, row_blocks, key_blocks, scale, softcap = options
-    B, H, T, D = q.shape
-    HK, S = k.shape[1:3]
-    device = q.device
-    if T <= MOST_ROWS or B * S == 0 or not _has_many(device.index):
-        return triton.span_attention_backward(do, dlse, q, k, v, o, lse, *options)
-    if row_blocks is None:
-        row_blocks, key_blocks = triton.prepare(bounds, S)
-    q, k, v, o, do = map(_for_maps, (q, k, v, o, do))
-    bounds, row_blocks, key_blocks, lse = (x.contiguous() for x in (bounds, row_blocks, key_blocks, lse))
-    dlse = None if dlse is None else dlse.contiguous()
-    # what each row adds to d sink_logits
-    share = None if sink_logits is None else torch.empty_like(lse)
-    sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    dq, (dk, dv) = q.new_empty((B, T, H, D)), (k.new_empty((B, S, HK, D)) for _ in "kv")
-    module, stream = _ext.load(), stream_of(device)
-    floats, counters = module.span_attention_many_work(B, H, HK, T, S, D, device.index)
-    work = torch.empty(floats, dtype=torch.float32, device=device)
-    tickets = _counters(module, device, stream, counters).data_ptr()
-    module.span_attention_many_backward(
-        *map(rows_of, (q, k, v, o, do)), lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
-        *(x.data_ptr() for x in (bounds, row_blocks, key_blocks)), *_sinks(sink_logits),
-        *(x.data_ptr() for x in (dq, dk, dv)), 0 if share is None else share.data_ptr(),
-        B, H, HK, T, S, D, bounds.shape[2], tuple(rules), scale, softcap, DTYPES[q.dtype], device.index,
-        work.data_ptr(), tickets, tickets + 4 * TICKETS, stream,
-    )  # fmt: skip
-    dsink = None if share is None or sink_logits is None else share.sum((0, 2)).to(sink_logits.dtype)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dsink
+def span_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Triton's: what was written in CUDA was slower (bench/README.md)."""
+    return triton.span_attention_backward(*arguments)  # type: ignore[no-any-return]
 
 
-def _counters(module: ModuleType, device: torch.device, stream: int, needed: int) -> Tensor:
-    """Tickets, and at least so many counters behind them."""
-    key = (device.index, stream, module.capture_id(stream))
-    held = _tickets.get(key)
-    if held is None or held.shape[0] < TICKETS + needed:
-        # powers of two: growing costs a fill
-        size = TICKETS + max(SOME_COUNTERS, 1 << (needed - 1).bit_length() if needed else 0)
-        held = _tickets.keep(key, torch.zeros(size, dtype=torch.int32, device=device))
-    return held
+def _many(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, sink_logits: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The kernel for many rows: a call like one before only makes its outputs and launches."""
+    extension = reader()
+    if extension is None:
+        _ext.load()
+        raise NotImplementedError(NO_READER)
+    look = extension.signature(5, q, k, v, bounds, sink_logits)
+    if look is None:
+        return _Many(extension, q, k, v, bounds, sink_logits).run(q, k, v, bounds, sink_logits, scale)
+    plan = remembered(_plans, look, lambda: _Many(extension, q, k, v, bounds, sink_logits))
+    return plan.run(q, k, v, bounds, sink_logits, scale)
+
+
+class _Many:
+    """What calls of one look have in common."""
+
+    def __init__(
+        self, extension: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, sink_logits: Tensor | None
+    ) -> None:
+        B, H, T, D = q.shape
+        self.launch, self.capture_id = extension.span_attention_many, extension.capture_id
+        self.device, self.index, self.dtype = q.device, q.device.index, q.dtype
+        self.o, self.lse = rows_first(B, H, T, D), packed(B, H, T)
+        self.memory = Memory(q.device)
+        self.empty, self.no_keys = B * H == 0, k.shape[2] == 0
+        self.as_given = all(_for_maps(x) is x for x in (q, k, v))
+        self.solid = bounds.is_contiguous() and (sink_logits is None or sink_logits.is_contiguous())
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, sink_logits: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        empty = self.memory.here()
+        o, lse = empty(*self.o, self.dtype), empty(*self.lse, torch.float32)
+        if self.no_keys:
+            return o.zero_(), lse.fill_(-math.inf)
+        if self.empty:
+            return o, lse
+        if not self.as_given:
+            q, k, v = _for_maps(q), _for_maps(k), _for_maps(v)
+        if not self.solid:
+            bounds, sink_logits = bounds.contiguous(), None if sink_logits is None else sink_logits.contiguous()
+        stream = stream_of(self.device)
+        key = (self.index, stream, self.capture_id(stream))
+        tickets = _tickets.get(key)
+        if tickets is None:
+            tickets = _tickets.keep(key, torch.zeros(2, dtype=torch.int32, device=self.device))
+        self.launch(q, k, v, bounds, sink_logits, o, lse, tickets, scale, stream)
+        return o, lse
+
+
+# by the look of a call's tensors
+_plans: dict[Any, _Many] = {}
+# what the blocks of a launch draw their work by: two ints, zero between launches
+_tickets: Held[Tensor] = Held()
 
 
 def _on_borders(x: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ def _takes_many(call: Call) -> str | None:
         if option in call.features:
             return f"{where} the CUDA kernel has no {option if option == 'softcap' else option.upper()}"
     if "backward" in call.features and (why := triton._missing()):
-        return f"its gradient needs what Triton's kernels prepare, and {why}"
+        return f"its gradient is Triton's, and {why}"
     if not _has_many(call.device.index):
         return f"the CUDA kernel takes at most {MOST_ROWS} query rows but on Hopper, in a build for 90a"
     return None
@@ -191,7 +201,7 @@ def by_name(call: Call) -> str | None:
 
 def _has_many(index: int | None) -> bool:
     index = torch.cuda.current_device() if index is None else index
-    return _ext.unavailable(index) is None and _ext.load().span_attention_many_here(index)
+    return _ext.unavailable(index) is None and reader() is not None and _ext.load().span_attention_many_here(index)
 
 
 # a constant to torch.compile, as in cuda.py

@@ -14,6 +14,7 @@ from .. import _ext
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_ROWS = (0, 0, 0, 0)
 NO_TABLE = (0, 0, 0)
+NO_READER = "the CUDA kernel needs a torch with DLPack's C exchange API, as 2.11 has it"
 
 
 @functools.cache

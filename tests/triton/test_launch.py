@@ -14,8 +14,9 @@ import triton
 from triton import knobs
 
 from streamkernels.triton_kernels.device import launch as module
-from streamkernels.triton_kernels.device import relaunch
-from streamkernels.triton_kernels.device.launch import Box, Launch, on_device_of, remembered, signature
+from streamkernels.triton_kernels.device import memory, relaunch
+from streamkernels.triton_kernels.device.launch import Box, Launch, on_device_of, signature
+from streamkernels.triton_kernels.device.memory import remembered
 
 
 class CudaLauncher:
@@ -236,7 +237,7 @@ def test_signature_tells_forms_apart():
 
 
 def test_remembered_forgets_all_when_full(monkeypatch):
-    monkeypatch.setattr(module, "MOST", 2)
+    monkeypatch.setattr(memory, "MOST", 2)
     plans: dict = {}
     for i in range(5):
         remembered(plans, i, lambda: object())

@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device.launch import Launch, on_device_of, remembered, signature
+from ..device.launch import Launch, on_device_of, signature
+from ..device.memory import remembered
 from .forward import compact_kernel
 
 # element size -> the integer that rows are copied as

@@ -14,7 +14,7 @@ import contextlib
 import struct
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import relaunch
 
-Plan = TypeVar("Plan")
-# calls of so many kinds are remembered; beyond, all are forgotten and made anew: no compilation, only host time
-MOST = 1024
 # tensor-memory descriptors that one argument of a launch remembers, by address
 MOST_MAPS = 512
 
@@ -41,16 +38,6 @@ def signature(*tensors: Tensor | None) -> Any:
     if native is not None and (found := native.signature(len(tensors), *tensors)) is not None:
         return found
     return tuple([x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors])
-
-
-def remembered(plans: dict[Any, Plan], key: Any, make: Callable[[], Plan]) -> Plan:
-    """The plan kept under `key`, made if there is none."""
-    plan = plans.get(key)
-    if plan is None:
-        if len(plans) >= MOST:
-            plans.clear()
-        plan = plans[key] = make()
-    return plan
 
 
 def on_device_of(x: Tensor) -> Any:

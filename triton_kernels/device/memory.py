@@ -1,11 +1,16 @@
-"""Memory for what a launch makes, without the price of asking for it in public."""
+"""Memory for what a launch makes, without the price of asking for it in public; and what calls of one look share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Plan = TypeVar("Plan")
+# calls of so many kinds are remembered; beyond, all are forgotten and made anew: no compilation, only host time
+MOST = 1024
 
 Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
@@ -37,3 +42,18 @@ def packed(*sizes: int) -> Form:
     for size in sizes[:0:-1]:
         strides.insert(0, strides[0] * size)
     return sizes, tuple(strides)
+
+
+def rows_first(B: int, heads: int, rows: int, D: int) -> Form:
+    """Sizes and strides of [B, heads, rows, D] stored [B, rows, heads, D]."""
+    return (B, heads, rows, D), (rows * heads * D, D, heads * D, 1)
+
+
+def remembered(plans: dict[Any, Plan], key: Any, make: Callable[[], Plan]) -> Plan:
+    """The plan kept under `key`, made if there is none."""
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= MOST:
+            plans.clear()
+        plan = plans[key] = make()
+    return plan

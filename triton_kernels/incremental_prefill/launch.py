@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device.launch import Box, Launch, on_device_of, remembered, signature
-from ..device.memory import Memory, packed
+from ..device.launch import Box, Launch, on_device_of, signature
+from ..device.memory import Memory, packed, remembered
 from . import tiles
 from .forward import attend_kernel
 from .merge import merge_few_kernel, merge_kernel

@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device.launch import Launch, on_device_of, remembered, signature
+from ..device.launch import Launch, on_device_of, signature
+from ..device.memory import remembered
 from .forward import select_tokens_kernel
 
 # entries of one step: a row of an image fits in one, and more threads would wait for each other longer

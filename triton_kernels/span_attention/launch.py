@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..device.launch import Box, Launch, on_device_of, remembered, signature
-from ..device.memory import Memory, packed
+from ..device.launch import Box, Launch, on_device_of, signature
+from ..device.memory import Memory, packed, remembered, rows_first
 from . import tiles
 from .backward import dkdv_kernel, dq_kernel
 from .forward import gather_kept_kernel, span_attention_kernel
@@ -259,11 +259,6 @@ def _listed(B: int, HK: int, S: int, kept: Tensor, count: Tensor) -> Tensor:
     real &= (kept >= 0) & (kept < S)
     out = torch.zeros((B, HK, S + 1), dtype=torch.int8, device=kept.device)
     return out.scatter_(2, kept.long().masked_fill(~real, S), 1)[..., :S].contiguous()
-
-
-def rows_first(B: int, heads: int, rows: int, D: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and strides of [B, heads, rows, D] stored [B, rows, heads, D]."""
-    return (B, heads, rows, D), (rows * heads * D, D, heads * D, 1)
 
 
 def _row_grid(B: int, H: int, rows: int, k: Tensor, block_t: int, room: int) -> tuple[int, int]:

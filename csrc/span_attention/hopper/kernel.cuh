@@ -7,8 +7,9 @@
 
 namespace sk::span_attention::hopper {
 
-// registers of the threads of each kind: 128 * 40 + 256 * 232 are what there is for three warpgroups
+// registers of the threads of each kind
 constexpr int kLoaderRegisters = 40, kReaderRegisters = 232;
+static_assert(registers_suffice(kReaderRegisters, kLoaderRegisters), "");
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -22,6 +23,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (const CUtensorMap* map : {&q, &k, &v, &o}) prefetch_map(map);
     barriers_init(room.item_full(0), S::kItems, 2);
     barriers_init(room.item_empty(0), S::kItems, kReaderWarps);
+    barriers_init(room.item_known(0), S::kItems, 1);
+    barriers_init(room.item_fetched(), 1, 1);
     barriers_init(room.keys_full(0), S::kStages, 1);
     barriers_init(room.keys_empty(0), S::kStages, kReaderWarps);
     barriers_init(room.values_full(0), S::kStages, 1);
@@ -30,9 +33,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   wait_for_launch_before();
+  let_next_launch_begin();
   if (threadIdx.x >= kReaders) {
     hand_in_registers<kLoaderRegisters>();
-    if (threadIdx.x < kReaders + 32) Loader<S, Room<S>>{&q, nullptr, &k, &v, c, room}.run();
+    const int warp = threadIdx.x / 32 - kReaderWarps;
+    if (warp == 0) Scout<S>{&q, c, room}.run();
+    if (threadIdx.x == kReaders + 32) Loader<S>{&k, &v, c, room}.run();
     return;
   }
   take_registers<kReaderRegisters>();

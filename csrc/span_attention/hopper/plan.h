@@ -6,12 +6,29 @@
 #include <stdexcept>
 
 #include "span_attention/hopper/params.h"
+#include "streamkernels/platform.h"
 #include "streamkernels/softmax.cuh"
 
 namespace sk::span_attention::hopper {
 
 constexpr int kRows = 128;               // of q that a block attends to at a time
 constexpr int64_t kTogether = 32 << 20;  // bytes of keys and values that blocks read at a time, of an L2 of 50 MB
+
+// Quotients by what a launch knows: n / d for 0 <= n < 2^31 is what is left of n * multiplier, shifted (Granlund and
+// Montgomery, 1994, "Division by invariant integers using multiplication", figure 4.1).
+struct Divisor {
+  uint32_t multiplier, shift;
+
+  static Divisor of(int d) {
+    uint32_t shift = 0;
+    while ((int64_t{1} << shift) < d) ++shift;
+    return {static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1), shift};
+  }
+  SK_HOST_DEVICE int quotient(int n) const {
+    const uint32_t m = static_cast<uint32_t>(n);
+    return static_cast<int>((static_cast<uint32_t>(uint64_t{m} * multiplier >> 32) + m) >> shift);
+  }
+};
 
 // What a launch gives its blocks.
 struct Call {
@@ -21,6 +38,7 @@ struct Call {
   int* tickets;
   int H, group, T, S, N;  // group: query heads of a key head
   int blocks, items, together;
+  Divisor by_set, by_together, by_heads, by_group;  // together * blocks, together, H, group
   float scale;  // times log2(e)
   bool sink_logits_fp32;
 };
@@ -43,6 +61,8 @@ inline Call make_call(const Params& p, int* tickets) {
   int together = static_cast<int>(std::clamp<int64_t>(kTogether / (int64_t{4} * p.S * p.D), 1, key_heads));
   while (key_heads % together != 0) --together;
   c.together = together * c.group;
+  c.by_set = Divisor::of(c.together * c.blocks), c.by_together = Divisor::of(c.together);
+  c.by_heads = Divisor::of(c.H), c.by_group = Divisor::of(c.group);
   return c;
 }
 

@@ -1,5 +1,5 @@
-// How a block of the Hopper kernel is made up: two warpgroups that have 64 rows of q each, one warp that fetches for
-// both, and what lies where in shared memory.
+// How a block of the Hopper kernel is made up: two warpgroups that have 64 rows of q each, a warp that finds out what
+// they see, a thread that fetches it, and what lies where in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,25 @@ constexpr int kReaders = 2 * kGroup;  // who multiplies
 constexpr int kThreads = kReaders + kGroup;
 constexpr int kReaderWarps = kReaders / 32;
 
+// A block of so many threads is given 168 registers for each; what readers take, the other warpgroup has handed in.
+constexpr bool registers_suffice(int of_readers, int of_others) {
+  return of_readers * kReaders + of_others * kGroup <= 168 * kThreads;
+}
+
 // An item: kRows rows of one query head.
 struct Item {
   int head;   // b * H + h
   int block;  // of 128 rows
   int tiles;  // of keys, at least one; negative: there are no more items
+};
+
+// What the rows of an item see in one slot.
+struct Hull {
+  int begin, end;             // of what some row sees
+  int last_begin, first_end;  // of rows that see anything
+  bool all;                   // whether every row sees something
+
+  __device__ __forceinline__ bool gapless() const { return last_begin <= first_end; }
 };
 
 // A tile of keys as it was fetched: 128 from `first` on. Those below `fresh` belong to the tile before.
@@ -32,6 +46,10 @@ constexpr int kMasked = 0;  // rows see some of them each
 constexpr int kWhole = 1;   // every row sees all of them
 constexpr int kShort = 2;   // like kMasked; nobody sees those from `end` on
 constexpr int kHoles = 3;   // like kMasked; nobody may see any of them
+
+// An item's hulls in shared memory.
+constexpr int kHullBytes = 48;
+static_assert(kMaxSlots * sizeof(Hull) <= kHullBytes, "");
 
 // The sink logit of a query head, of a call that has some.
 template <typename Element>
@@ -47,15 +65,14 @@ struct Shape {
   static constexpr int kRows = hopper::kRows, kKeys = 128, kWarpKeys = kKeys;
   static constexpr int kItems = 2;                 // under way at a time
   static constexpr int kStages = D == 64 ? 4 : 2;  // tiles of keys and values under way
-  static constexpr int kKeyStages = kStages, kValueStages = kStages;
-  static constexpr bool kGradients = false;
   static constexpr int kMatrix = kKeys * D * 2, kQuery = kRows * D * 2;
   static constexpr int kPanels = D / 64;
   // from here on addresses in shared memory, from its beginning
-  static constexpr int kItemFull = 0, kItemEmpty = 8 * kItems, kKeysFull = 16 * kItems;
+  static constexpr int kItemFull = 0, kItemEmpty = 8 * kItems, kItemKnown = 16 * kItems, kKeysFull = 24 * kItems;
   static constexpr int kKeysEmpty = kKeysFull + 8 * kStages, kValuesFull = kKeysEmpty + 8 * kStages;
-  static constexpr int kValuesEmpty = kValuesFull + 8 * kStages, kItem = kValuesEmpty + 8 * kStages;
-  static constexpr int kTile = kItem + kItems * 16;
+  static constexpr int kValuesEmpty = kValuesFull + 8 * kStages, kFetched = kValuesEmpty + 8 * kStages;
+  static constexpr int kItem = (kFetched + 8 + 15) / 16 * 16;
+  static constexpr int kHull = kItem + kItems * 16, kTile = kHull + kItems * kHullBytes;
   static constexpr int kBounds = kTile + kStages * 16, kBoundsBytes = kMaxSlots * kRows * 8;
   static constexpr int kQueries = (kBounds + kItems * kBoundsBytes + 1023) / 1024 * 1024;
   static constexpr int kTiles = kQueries + kItems * kQuery;
@@ -78,25 +95,24 @@ struct Ring {
   }
 };
 
-// A block's shared memory, and what it says of items.
-template <class S, typename ITEM>
-struct Places {
+// A block's shared memory.
+template <class S>
+struct Room {
   char* memory;
   uint32_t base;
 
   __device__ __forceinline__ uint32_t item_full(int place) const { return base + S::kItemFull + place * 8; }
   __device__ __forceinline__ uint32_t item_empty(int place) const { return base + S::kItemEmpty + place * 8; }
-  __device__ __forceinline__ ITEM& item(int place) const {
-    return *reinterpret_cast<ITEM*>(memory + S::kItem + place * 16);
+  // what its rows see, before their queries are there
+  __device__ __forceinline__ uint32_t item_known(int place) const { return base + S::kItemKnown + place * 8; }
+  // all of the item at hand but its last tile has been asked for
+  __device__ __forceinline__ uint32_t item_fetched() const { return base + S::kFetched; }
+  __device__ __forceinline__ Item& item(int place) const {
+    return *reinterpret_cast<Item*>(memory + S::kItem + place * 16);
   }
-};
-
-// The same of tiles of keys and values, of which a shape may have differently many under way.
-template <class S>
-struct KeyPlaces : Places<S, Item> {
-  using Places<S, Item>::memory;
-  using Places<S, Item>::base;
-
+  __device__ __forceinline__ Hull* hulls(int place) const {
+    return reinterpret_cast<Hull*>(memory + S::kHull + place * kHullBytes);
+  }
   __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + S::kKeysFull + stage * 8; }
   __device__ __forceinline__ uint32_t keys_empty(int stage) const { return base + S::kKeysEmpty + stage * 8; }
   __device__ __forceinline__ uint32_t values_full(int stage) const { return base + S::kValuesFull + stage * 8; }
@@ -108,12 +124,6 @@ struct KeyPlaces : Places<S, Item> {
   __device__ __forceinline__ int2* bounds(int place, int slot) const {
     return reinterpret_cast<int2*>(memory + S::kBounds + place * S::kBoundsBytes) + slot * S::kRows;
   }
-};
-
-template <class S>
-struct Room : KeyPlaces<S> {
-  using KeyPlaces<S>::base;
-
   __device__ __forceinline__ uint32_t queries(int place) const { return base + S::kQueries + place * S::kQuery; }
   __device__ __forceinline__ uint32_t keys(int stage) const { return base + S::kTiles + stage * 2 * S::kMatrix; }
   __device__ __forceinline__ uint32_t values(int stage) const { return keys(stage) + S::kMatrix; }

@@ -1,9 +1,6 @@
 // span_attention's kernel for many rows run on the host: its own source but for ptx.cuh, barrier.cuh and wgmma.cuh.
 #include "hopper_on_host.h"
 
-#include "span_attention/hopper/backward_plan.h"
-#include "span_attention/hopper/dkdv/kernel.cuh"
-#include "span_attention/hopper/dq/kernel.cuh"
 #include "span_attention/hopper/kernel.cuh"
 
 namespace {
@@ -49,20 +46,6 @@ void attend(const Params& p, const Call& c) {
   run(attend_kernel<S>, c.items, q, k, v, o, c);
 }
 
-template <typename Element, int D>
-void derive(const Backward& x) {
-  const Params& p = x.p;
-  const Cut cut(p.B, p.H, p.HK, p.T, p.S, kProcessors);
-  const auto of_rows = [&](const Rows& of, int box) { return map_of(of, p.H, p.T, p, box); };
-  const auto of_keys = [&](const Rows& of, int box) { return map_of(of, p.HK, p.S, p, box); };
-  const Call c = make_call(p, x.tickets);
-  run(dq::dq_kernel<dq::Shape<Element, D>>, c.items, of_rows(p.q, 128), of_rows(x.dout, 128), of_keys(p.k, 64),
-      of_keys(p.v, 64), of_rows(rows_first(x.dq, p.H, p.T, D), 16), c, inputs_of(x, cut));
-  const dkdv::Call d = call_of(x, cut);
-  run(dkdv::dkdv_kernel<dkdv::Shape<Element, D>>, d.items, of_rows(p.q, 64), of_rows(x.dout, 64), of_keys(p.k, 128),
-      of_keys(p.v, 128), of_keys(rows_first(x.dk, p.HK, p.S, D), 16), of_keys(rows_first(x.dv, p.HK, p.S, D), 16), d);
-}
-
 }  // namespace
 
 bool here(int) {
@@ -75,15 +58,6 @@ void launch(const Params& p, int* tickets, DType dtype, int, uintptr_t) {
   const Call c = make_call(p, tickets);
   if (dtype == DType::kFloat16) return p.D == 64 ? attend<Shape<Float16, 64>>(p, c) : attend<Shape<Float16, 128>>(p, c);
   return p.D == 64 ? attend<Shape<BFloat16, 64>>(p, c) : attend<Shape<BFloat16, 128>>(p, c);
-}
-
-void preload_backward(int) {}
-Work work_of(int B, int H, int HK, int T, int S, int D, int) {
-  return work_of(Cut(B, H, HK, T, S, kProcessors), B, H, HK, D);
-}
-void launch(const Backward& x, DType dtype, int, uintptr_t) {
-  if (dtype == DType::kFloat16) return x.p.D == 64 ? derive<Float16, 64>(x) : derive<Float16, 128>(x);
-  x.p.D == 64 ? derive<BFloat16, 64>(x) : derive<BFloat16, 128>(x);
 }
 
 }  // namespace sk::span_attention::hopper
