@@ -57,8 +57,8 @@ inline Params params_of(Rows q, Rows k, Rows v, uintptr_t o, uintptr_t lse, uint
   return p;
 }
 
-// q, k, v, bounds, sink_logits (or None), o, lse, tickets, then scale and stream: Hopper's kernel for many rows of ATTEND
-// slots, its tensors read where they are.
+// q, k, v, bounds, sink_logits (or None), o, lse, tickets, then scale and stream: Hopper's kernel for many rows, whose
+// slots are all ATTEND. Its tensors are read where they are.
 enum Many { kManyQ, kManyK, kManyV, kManyBounds, kManySinks, kManyO, kManyLse, kManyTickets, kManyTensors };
 constexpr int kManyNumbers = 2;
 

@@ -50,15 +50,10 @@ def reason(call: Call) -> str | None:
 
 def hands_over(call: Call) -> str | None:
     """Why `auto` leaves a call to Triton that the CUDA kernel can run too; None where it does not."""
-    slower = cuda_incremental_prefill if call.op == "incremental_prefill" else cuda_pruned
-    if slower.hands_over(call):
+    ask = {"incremental_prefill": cuda_incremental_prefill, "span_attention": cuda_span_attention}
+    if ask.get(call.op, cuda_pruned).hands_over(call):  # type: ignore[attr-defined]
         return "Triton's kernel was measured to be faster"
     return None
-
-
-def by_name(call: Call) -> str | None:
-    """Why `auto` never takes a call that the CUDA kernel can run; None where it may."""
-    return cuda_span_attention.by_name(call) if call.op == "span_attention" else None
 
 
 def _unavailable(index: int | None) -> str | None:

@@ -71,8 +71,6 @@ def choose(call: Call, backend: str) -> str:
         return backend
     if call.device.type == "cuda" and call.dtype != torch.float64:
         able = [name for name in ("cuda", "triton") if _kernel_backend(name).reason(call) is None]
-        if "cuda" in able and cuda.by_name(call) is not None:
-            able.remove("cuda")
         if len(able) == 2 and cuda.hands_over(call) is not None:
             return "triton"
         if able:
@@ -86,8 +84,8 @@ def _kernel_backend(name: str) -> Any:
 
 def _explanation(call: Call, backend: str) -> Explanation:
     reasons = {name: _kernel_backend(name).reason(call) or "ok" for name in ("cuda", "triton")}
-    why = cuda.by_name(call) or (cuda.hands_over(call) if reasons["triton"] == "ok" else None)
-    if reasons["cuda"] == "ok" and why is not None:
+    why = cuda.hands_over(call)
+    if reasons["cuda"] == reasons["triton"] == "ok" and why is not None:
         reasons["cuda"] = f"ok, but {why}"
     reasons["reference"] = "ok"
     token = _explaining.set(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -271,6 +272,12 @@ def _warm_span_attention(
                 if training:
                     torch.autograd.grad(o.sum(), (q, k, v))
                 ran += 2 if training else 1
+    # of few rows and of many
+    for T in (1, 65):
+        q, bounds = torch.zeros(1, 2, T, D, dtype=dtype, device=place), torch.zeros(1, T, 1, 2, dtype=torch.int32)
+        with contextlib.suppress(NotImplementedError):
+            op(q, q, q, bounds.to(place), backend="cuda")
+            ran += 1
     return ran
 
 

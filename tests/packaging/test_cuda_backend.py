@@ -45,8 +45,8 @@ def test_reasons(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.reason(call()) == "no NVIDIA driver is installed"
 
 
-def spans(T: int, *features: str, D: int = 64, N: int = 2) -> Call:
-    return Call("span_attention", GPU, torch.float16, {"D": D, "T": T, "N": N}, frozenset(features))
+def spans(T: int, *features: str, D: int = 64, N: int = 2, **sizes: int) -> Call:
+    return Call("span_attention", GPU, torch.float16, {"D": D, "T": T, "N": N, **sizes}, frozenset(features))
 
 
 def test_few_and_many_rows(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_few_and_many_rows(ready: None, monkeypatch: pytest.MonkeyPatch) -> None
 
     assert say(64, N=8) is None and say(1, "kept", "mass", "sink", "softcap", "sink_logits", D=96) is None
     assert say(65) is None and say(9999, "sink_logits", "backward", D=128) is None
-    assert choose(spans(9999), "auto") == "triton" and choose(spans(64), "auto") == "cuda"
+    assert choose(spans(9999), "auto") == choose(spans(64), "auto") == "cuda"
     for why, words in [
         (say(65, "softcap"), "with more than 64 query rows the CUDA kernel has no softcap"),
         (say(65, "kept"), "no KEPT"),
@@ -71,10 +71,20 @@ def test_few_and_many_rows(ready: None, monkeypatch: pytest.MonkeyPatch) -> None
         assert why is not None and words in why
     monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
     assert "its gradient is Triton's" in str(say(65, "backward"))
-    # what has not run on a GPU is not taken for want of anything better either
-    assert choose(spans(9999), "auto") == "reference" and choose(spans(9999), "cuda") == "cuda"
+    assert choose(spans(100), "auto") == choose(spans(100), "cuda") == "cuda"
+    assert choose(spans(9999, "backward"), "auto") == "reference"
     monkeypatch.setattr(cuda_span_attention, "_has_many", lambda index: False)
     assert "at most 64 query rows but on Hopper" in str(say(65)) and say(64) is None
+
+
+def test_auto_takes_many_blocks_of_rows_or_many_keys(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_span_attention, "_has_many", lambda index: True)
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+    for T, S, B, chosen in [
+        (65, 65, 1, "triton"), (512, 512, 1, "triton"), (512, 4095, 1, "triton"), (65, 4096, 1, "cuda"),
+        (512, 512, 2, "cuda"), (1024, 1024, 1, "cuda"), (64, 64, 1, "cuda"),
+    ]:  # fmt: skip
+        assert choose(spans(T, B=B, H=28, HK=4, S=S, D=128), "auto") == chosen, (T, S, B)
 
 
 def test_features_of_other_ops(ready: None) -> None:

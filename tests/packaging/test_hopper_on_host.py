@@ -200,6 +200,15 @@ def test_nan_reaches_those_who_see_it(host: Host) -> None:
         assert o[:, :, 150:].isnan().all() and torch.equal(o[:, :, :first], clean[:, :, :first]), name
 
 
+def test_quotients(host: Host) -> None:
+    most = 2**31 - 1
+    near = {n + i for n in (0, 2**16, 2**30, most) for i in (-2, -1, 0, 1)}
+    numbers = sorted(n for n in near | {int(1.37**i) for i in range(69)} if 0 <= n <= most)
+    for d in filter(None, numbers):
+        for n in {*numbers, *(max(0, most // d * d - i) for i in range(3))}:
+            assert host.native.divide(n, d) == n // d, (n, d)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sink_logits(host: Host, dtype: torch.dtype) -> None:
     x = make_inputs(Case(1, 4, 2, 70, 70, 128, "causal", torch.bfloat16, sink_logits=True))

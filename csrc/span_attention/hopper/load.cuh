@@ -55,8 +55,8 @@ struct Place {
   }
 };
 
-// A warp that finds out what the rows of the next item see, which takes some 3000 cycles, while the last tiles of the one
-// at hand are multiplied. No sooner: whoever is first through with the large items is to draw the small ones behind them.
+// A warp that finds out what the rows of the next item see, which takes some 3000 cycles, while the last tiles of the
+// one at hand are multiplied. No sooner: whoever is first through with large items is to draw the small ones behind.
 template <class S>
 struct Scout {
   const CUtensorMap* q;

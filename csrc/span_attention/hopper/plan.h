@@ -39,7 +39,7 @@ struct Call {
   int H, group, T, S, N;  // group: query heads of a key head
   int blocks, items, together;
   Divisor by_set, by_together, by_heads, by_group;  // together * blocks, together, H, group
-  float scale;  // times log2(e)
+  float scale;                                      // times log2(e)
   bool sink_logits_fp32;
 };
 

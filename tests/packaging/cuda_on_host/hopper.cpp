@@ -14,6 +14,10 @@ extern "C" __attribute__((visibility("default"))) void set_pace(int how, unsigne
   pace = static_cast<host::Pace>(how), seed = from;
 }
 
+extern "C" __attribute__((visibility("default"))) int divide(int n, int d) {
+  return sk::span_attention::hopper::Divisor::of(d).quotient(n);
+}
+
 namespace sk::span_attention::hopper {
 
 namespace {
