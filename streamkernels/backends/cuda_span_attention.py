@@ -23,7 +23,7 @@ MOST_ROWS = 64
 HEAD_DIMS = (64, 96, 128, 256)
 # the kernel for more rows
 MANY_HEAD_DIMS, MANY_SLOTS = (64, 128), 2
-LONG_CHUNK, MANY_KEYS, MANY_BLOCKS = 1024, 4096, 200
+MANY_PAIRS = 1 << 24
 OPTIONS_OF_FEW = ("softcap", "mass", "sink", "kept")
 
 
@@ -196,11 +196,10 @@ def _takes_many(call: Call) -> str | None:
 
 
 def hands_over(call: Call) -> bool:
-    """Where Triton was faster on an H200: more than 64 rows, but few blocks of them, of few keys each (of 28 heads, 512
-    rows of as many keys by 5 %, 128 by a quarter; but slower by 6 to 24 % at 1024, and by 5 % for 65 rows of 4096)."""
-    sizes = call.sizes
-    B, H, T, S = (sizes.get(x, 1) for x in ("B", "H", "T", "S"))
-    return MOST_ROWS < T < LONG_CHUNK and S < MANY_KEYS and B * H * ((T + 127) // 128) < MANY_BLOCKS
+    """Where Triton was faster on an H200: more than 64 rows, but few pairs of rows and keys. 512 rows of as many keys
+    took 5 % longer in 28 heads, 1024 in 8 heads 9 %, 128 in 28 a third; but 1024 in 28 heads 7 to 23 % less."""
+    B, H, T, S = (call.sizes.get(x, 1) for x in ("B", "H", "T", "S"))
+    return T > MOST_ROWS and B * H * T * S < MANY_PAIRS
 
 
 def _has_many(index: int | None) -> bool:

@@ -58,7 +58,7 @@ def test_few_and_many_rows(ready: None, monkeypatch: pytest.MonkeyPatch) -> None
 
     assert say(64, N=8) is None and say(1, "kept", "mass", "sink", "softcap", "sink_logits", D=96) is None
     assert say(65) is None and say(9999, "sink_logits", "backward", D=128) is None
-    assert choose(spans(9999), "auto") == choose(spans(64), "auto") == "cuda"
+    assert choose(spans(9999, S=9999), "auto") == choose(spans(64), "auto") == "cuda"
     for why, words in [
         (say(65, "softcap"), "with more than 64 query rows the CUDA kernel has no softcap"),
         (say(65, "kept"), "no KEPT"),
@@ -77,14 +77,14 @@ def test_few_and_many_rows(ready: None, monkeypatch: pytest.MonkeyPatch) -> None
     assert "at most 64 query rows but on Hopper" in str(say(65)) and say(64) is None
 
 
-def test_auto_takes_many_blocks_of_rows_or_many_keys(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_many_rows_of_many_keys(ready: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_span_attention, "_has_many", lambda index: True)
     monkeypatch.setattr(triton, "_missing", lambda: None)
-    for T, S, B, chosen in [
-        (65, 65, 1, "triton"), (512, 512, 1, "triton"), (512, 4095, 1, "triton"), (65, 4096, 1, "cuda"),
-        (512, 512, 2, "cuda"), (1024, 1024, 1, "cuda"), (64, 64, 1, "cuda"),
+    for B, H, T, S, chosen in [
+        (1, 28, 65, 65, "triton"), (1, 28, 512, 512, "triton"), (1, 8, 1024, 1024, "triton"), (1, 28, 65, 9400, "cuda"),
+        (8, 28, 512, 512, "cuda"), (1, 28, 1024, 1024, "cuda"), (1, 8, 2048, 2048, "cuda"), (1, 28, 64, 64, "cuda"),
     ]:  # fmt: skip
-        assert choose(spans(T, B=B, H=28, HK=4, S=S, D=128), "auto") == chosen, (T, S, B)
+        assert choose(spans(T, B=B, H=H, HK=4, S=S, D=128), "auto") == chosen, (B, H, T, S)
 
 
 def test_features_of_other_ops(ready: None) -> None:
