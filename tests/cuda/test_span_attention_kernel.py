@@ -170,8 +170,9 @@ def test_captured_once_for_all_spans_and_lists() -> None:
 def test_what_it_does_not_take() -> None:
     x = make_inputs(Case(1, 2, 1, 65, 70, 64, "causal", BF16), "cuda")
     hopper = torch.cuda.get_device_capability() == (9, 0)
+    # few pairs of rows and keys are Triton's
     many = explain(span_attention, x.q, x.k, x.v, x.spans)
-    assert many.backend == "triton" and ("by name" if hopper else "at most 64 query rows") in many.reasons["cuda"]
+    assert many.backend == "triton" and ("faster" if hopper else "at most 64 query rows") in many.reasons["cuda"]
     q = x.q[:, :, :64]
     spans = Spans(x.spans.bounds[:, :64].contiguous())
     assert explain(span_attention, q, x.k, x.v, spans).reasons["cuda"] == "ok"

@@ -164,7 +164,7 @@ struct Reader {
     Scores s;
     const Ring<S::kStages> old = stage.before();
     barrier_wait(room.keys_full(stage.at), stage.phase);
-    const Keys tile = room.tile(stage.at);
+    const Keys tile = read_once(room.tile(stage.at));
     barrier_wait(room.values_full(old.at), old.phase);
     clean(old.at);
     const uint32_t k = keys_word(stage.at), v = values_word(old.at);
@@ -227,11 +227,22 @@ struct Reader {
       close_stores();
     }
   }
-  // Gives an item's place back, once what was stored from there has been read.
+  // Gives an item's place back, once what was stored from there has been read: every thread has read bounds there.
   __device__ __forceinline__ void leave(int place) const {
-    if (threadIdx.x % 32 != 0) return;
-    wait_until_read();
+    if (threadIdx.x % 32 == 0) wait_until_read();
     barrier_arrive(room.item_empty(place));
+  }
+  // What one lane reads for its warp is read before that lane arrives: others' reads would take a barrier of the warp.
+  template <typename T>
+  static __device__ __forceinline__ T read_once(const T& from) {
+    static_assert(sizeof(T) == 16, "");
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x % 32 == 0) memcpy(&x, &from, sizeof(x));
+    x.x = __shfl_sync(~0u, x.x, 0), x.y = __shfl_sync(~0u, x.y, 0);
+    x.z = __shfl_sync(~0u, x.z, 0), x.w = __shfl_sync(~0u, x.w, 0);
+    T found;
+    memcpy(&found, &x, sizeof(T));
+    return found;
   }
 
   // The last values of the item at hand beside the first scores of the next: how many tiles that one has, or a negative
@@ -243,15 +254,15 @@ struct Reader {
     if (!first) {
       barrier_wait(room.values_full(old.at), old.phase);
       clean(old.at);
-      done = room.item(done_at);
+      done = read_once(room.item(done_at));
       place.advance();
     }
     barrier_wait(room.item_full(place.at), place.phase);
-    const int tiles = __shfl_sync(~0u, room.item(place.at).tiles, 0);
+    const int tiles = read_once(room.item(place.at)).tiles;
     const bool more = tiles >= 0;
     if (more) {
       barrier_wait(room.keys_full(stage.at), stage.phase);
-      before = room.tile(stage.at);
+      before = read_once(room.tile(stage.at));
     }
     q = low_word(room.queries(place.at) + threadIdx.x / kGroup * 64 * 128, 16);
     const uint32_t k = keys_word(stage.at), v = values_word(old.at);

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Room<S> room{memory, shared_address(memory)};
   if (threadIdx.x == kReaders) {
     for (const CUtensorMap* map : {&q, &k, &v, &o}) prefetch_map(map);
-    barriers_init(room.item_full(0), S::kItems, 2);
-    barriers_init(room.item_empty(0), S::kItems, kReaderWarps);
+    barriers_init(room.item_full(0), S::kItems, 1 + 32);
+    barriers_init(room.item_empty(0), S::kItems, kReaders);
     barriers_init(room.item_known(0), S::kItems, 1);
     barriers_init(room.item_fetched(), 1, 1);
     barriers_init(room.keys_full(0), S::kStages, 1);

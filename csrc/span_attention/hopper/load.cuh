@@ -98,11 +98,11 @@ struct Scout {
       const uint32_t full = room.item_full(place.at);
       if (!more) {
         if (lane == 0) {
-          room.item(place.at) = {-1, 0, -1};
+          room.item(place.at) = {-1, 0, -1, 0};
           barrier_arrive(room.item_known(place.at));
           barrier_arrive(full);
-          barrier_arrive(full);
         }
+        barrier_arrive(full);
         break;
       }
       const Place at(c, item);
@@ -124,10 +124,11 @@ struct Scout {
       if (c.N > 1) tiles += look_at(rows[1], 1);
       if (lane == 0) {
         // at least one, that nobody sees
-        room.item(place.at) = {at.head, at.block, max(tiles, 1)};
+        room.item(place.at) = {at.head, at.block, max(tiles, 1), 0};
         barrier_arrive(room.item_known(place.at));
-        barrier_arrive(full);
       }
+      // each lane has written bounds
+      barrier_arrive(full);
       place.advance();
       barrier_wait(room.item_fetched(), fetched.phase);
       fetched.advance();

@@ -21,9 +21,10 @@ constexpr bool registers_suffice(int of_readers, int of_others) {
 
 // An item: kRows rows of one query head.
 struct Item {
-  int head;   // b * H + h
-  int block;  // of 128 rows
-  int tiles;  // of keys, at least one; negative: there are no more items
+  int head;    // b * H + h
+  int block;   // of 128 rows
+  int tiles;   // of keys, at least one; negative: there are no more items
+  int unused;  // 16 bytes are read at once
 };
 
 // What the rows of an item see in one slot.
