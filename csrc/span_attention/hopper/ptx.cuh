@@ -21,12 +21,6 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, ui
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(b)
       : "memory");
 }
-// `bytes` that lie side by side, a multiple of 16 on 16-byte borders.
-__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
 // And back; what lies outside is not written. Closes the group of this thread's stores since the last one.
 __device__ __forceinline__ void store_box(const CUtensorMap* map, uint32_t from, int column, int row, int head, int b) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(map),

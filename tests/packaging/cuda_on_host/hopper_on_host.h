@@ -21,11 +21,6 @@ static inline float __fdividef(float a, float b) {
   return a / b;
 }
 #define __expf(x) std::exp(x)
-static inline void __threadfence() {}
-template <typename T>
-static T __ldcg(const T* from) {
-  return *from;
-}
 static inline void __syncwarp() {
   __shfl_sync(~0u, 0, 0);
 }
@@ -44,12 +39,6 @@ static uint32_t pack(float first, float second) {
   uint32_t bits;
   std::memcpy(&bits, x, sizeof(bits));
   return bits;
-}
-template <typename Element>
-static void unpack(uint32_t bits, float& first, float& second) {
-  Element x[2];
-  std::memcpy(x, &bits, sizeof(bits));
-  first = to_float(x[0]), second = to_float(x[1]);
 }
 static inline float exp2_fast(float x) {
   return std::exp2(x);
@@ -220,14 +209,6 @@ static inline void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrie
                             });
                             host::Barrier& told = host::barriers.at(barrier);
                             told.bytes -= map->rows * 128;
-                            told.check();
-                          }});
-}
-static inline void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  host::copies.push_back({-1, [=] {
-                            std::memcpy(host::memory + to, from, bytes);
-                            host::Barrier& told = host::barriers.at(barrier);
-                            told.bytes -= static_cast<int>(bytes);
                             told.check();
                           }});
 }
