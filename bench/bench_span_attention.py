@@ -80,7 +80,7 @@ def input_sets(case: Case) -> list[tuple[torch.Tensor, ...]]:
 def ours(sets: list[tuple[torch.Tensor, ...]], spans: sk.Spans, backend: str | None = None) -> Peer:
     """Our calls over the same sets; the backward is the registered op, without autograd's host work."""
     backend = backend or BACKEND
-    prepared = sk.prepare(spans, sets[0][1].shape[2], backend="reference" if backend == "reference" else "auto")
+    prepared = sk.prepare(spans, sets[0][1].shape[2], backend=BACKEND)
 
     def attend(q, k, v):
         return sk.span_attention(q, k, v, spans, prepared=prepared, backend=backend)
@@ -143,8 +143,7 @@ def test_host_visible(part, show):
         pytest.skip("the forward's test compiles all of it")
     case = CASES[0]
     spans, found = contenders(case)
-    sets = input_sets(case)
-    q, k, v, do = sets[0]
+    q, k, v, do = input_sets(case)[0]
 
     def step(p: Peer) -> object:
         o = p.attend(q, k, v)

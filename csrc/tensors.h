@@ -52,6 +52,11 @@ inline int dtype_of(const dlpack::Tensor& x) {
   return static_cast<int>(type.bits == 16 ? DType::kFloat16 : DType::kFloat32);
 }
 
+// [B, heads, rows, D], whose elements of a row lie side by side.
+inline bool has_rows(const dlpack::Tensor& x) {
+  return x.ndim == 4 && (x.strides[3] == 1 || x.shape[3] <= 1);
+}
+
 inline double read_real(PyObject* number) {
   const double x = PyFloat_AsDouble(number);
   if (x == -1.0 && PyErr_Occurred()) throw pybind11::error_already_set();

@@ -58,7 +58,7 @@ class Reader {
   void address(Place i) { word(there_[i] ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(x_[i].address())) : 0); }
   // [B, heads, rows, D]
   void rows(Place i) {
-    border::require(there_[i] && x_[i].ndim == 4 && (x_[i].strides[3] == 1 || x_[i].shape[3] <= 1),
+    border::require(there_[i] && tensors::has_rows(x_[i]),
                     "incremental_prefill: q: expected four dims, the last of stride 1");
     address(i);
     for (int d = 0; d < 3; ++d) word(x_[i].strides[d]);

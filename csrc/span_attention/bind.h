@@ -70,8 +70,7 @@ inline void run_many(PyObject* const* arguments) {
   }
   const bool sinks = arguments[kManySinks] != Py_None;
   const auto rows = [&](Many i) {
-    border::require(x[i].ndim == 4 && (x[i].strides[3] == 1 || x[i].shape[3] <= 1),
-                    "span_attention: q: expected four dims, the last of stride 1");
+    border::require(tensors::has_rows(x[i]), "span_attention: q: expected four dims, the last of stride 1");
     const Rows found{x[i].address(), x[i].strides[0], x[i].strides[1], x[i].strides[2]};
     border::require(aligned(found, 2), "span_attention: q: expected rows on 16-byte borders");
     return found;

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _ext
 from ..triton_kernels.device.memory import Memory, packed
 from .room import Held
-from .tensors import DTYPES, NO_READER, reader, stream_of
+from .tensors import DTYPES, needed_reader, stream_of
 
 if TYPE_CHECKING:
     from .select import Call
@@ -117,10 +116,7 @@ class Plan:
     """The outputs of a call, and what its launch needs besides."""
 
     def __init__(self, B: int, H: int, HK: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
-        extension = reader()
-        if extension is None:
-            _ext.load()
-            raise NotImplementedError(NO_READER)
+        extension = needed_reader()
         self.launch, self.capture_id = extension.incremental_prefill, extension.capture_id
         self.dtype, self.device, self.index = dtype, device, device.index
         # o [B, H, T, D] stored [B, T, H, D]

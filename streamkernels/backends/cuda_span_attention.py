@@ -3,6 +3,7 @@ the tensors itself (csrc/span_attention/bind.h)."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from .. import _ext
 from ..triton_kernels.device.memory import Memory, packed, remembered, rows_first
 from . import triton
 from .room import Held
-from .tensors import DTYPES, NO_READER, NO_ROWS, NO_TABLE, first_strides, reader, rows_of, stream_of
+from .tensors import DTYPES, NO_ROWS, NO_TABLE, first_strides, needed_reader, reader, rows_of, stream_of
 
 if TYPE_CHECKING:
     from .select import Call
@@ -83,14 +84,10 @@ def _many(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, sink_logits: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The kernel for many rows: a call like one before only makes its outputs and launches."""
-    extension = reader()
-    if extension is None:
-        _ext.load()
-        raise NotImplementedError(NO_READER)
+    extension = needed_reader()
+    make = functools.partial(_Many, extension, q, k, v, bounds, sink_logits)
     look = extension.signature(5, q, k, v, bounds, sink_logits)
-    if look is None:
-        return _Many(extension, q, k, v, bounds, sink_logits).run(q, k, v, bounds, sink_logits, scale)
-    plan = remembered(_plans, look, lambda: _Many(extension, q, k, v, bounds, sink_logits))
+    plan = make() if look is None else remembered(_plans, look, make)
     return plan.run(q, k, v, bounds, sink_logits, scale)
 
 

@@ -14,7 +14,6 @@ from .. import _ext
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NO_ROWS = (0, 0, 0, 0)
 NO_TABLE = (0, 0, 0)
-NO_READER = "the CUDA kernel needs a torch with DLPack's C exchange API, as 2.11 has it"
 
 
 @functools.cache
@@ -26,6 +25,14 @@ def reader() -> ModuleType | None:
     if module is None or exchange is None or not module.read_tensors(exchange, Tensor, torch.nn.Parameter):
         return None
     return module
+
+
+def needed_reader() -> ModuleType:
+    """The same; an error that says what is missing without it."""
+    if (extension := reader()) is None:
+        _ext.load()
+        raise NotImplementedError("the CUDA kernel needs a torch with DLPack's C exchange API, as 2.11 has it")
+    return extension
 
 
 def stream_of(device: torch.device) -> int:
