@@ -67,24 +67,44 @@ struct Target {
   int b, hk, first_row;
 };
 
-template <class S>
-__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, bool padding, int row,
-                                       int column, Part part) {
-  using Element = typename S::Element;
-  const int at = to.first_row + row, t = divide_by_R(plan, at), h = to.hk * plan.R + at - t * plan.R;
-  if (padding) part = nothing();
-  const float lse = part.l == 0.f ? -INFINITY : (part.m + log2_fast(part.l)) * 0.6931471805599453f;
-  float gate = part.l == 0.f ? 0.f : __fdividef(1.f, part.l);
-  if (p.sink_logits != nullptr && part.l != 0.f) {
+// Where a row of a tile goes.
+struct RowPlace {
+  int h;
+  int64_t o, lse;  // rows of o and numbers of lse before it
+
+  __device__ __forceinline__ RowPlace(const Params& p, const Plan& plan, const Target& to, int row) {
+    const int at = to.first_row + row, t = divide_by_R(plan, at);
+    h = to.hk * plan.R + at - t * plan.R;
+    o = (int64_t{to.b} * p.T + t) * p.H + h;
+    lse = (int64_t{to.b} * p.H + h) * p.T + t;
+  }
+};
+
+// What o of a row of head h is multiplied by, and its lse.
+template <typename Element>
+__device__ __forceinline__ float gate_of(const Params& p, int h, float m, float l, float& lse) {
+  lse = l == 0.f ? -INFINITY : (m + log2_fast(l)) * 0.6931471805599453f;
+  float gate = l == 0.f ? 0.f : __fdividef(1.f, l);
+  if (p.sink_logits != nullptr && l != 0.f) {
     const float logit = p.sink_logits_fp32 ? static_cast<const float*>(p.sink_logits)[h]
                                            : to_float(static_cast<const Element*>(p.sink_logits)[h]);
     gate = __fdividef(gate, 1.f + __expf(logit - lse));
   }
-  const int64_t row_at = (int64_t{to.b} * p.T + t) * p.H + h;
+  return gate;
+}
+
+template <class S>
+__device__ __forceinline__ void finish(const Params& p, const Plan& plan, const Target& to, bool padding, int row,
+                                       int column, Part part) {
+  using Element = typename S::Element;
+  const RowPlace place(p, plan, to, row);
+  if (padding) part = nothing();
+  float lse;
+  const float gate = gate_of<Element>(p, place.h, part.m, part.l, lse);
   const uint2 packed = {pack<Element>(part.o.x * gate, part.o.y * gate),
                         pack<Element>(part.o.z * gate, part.o.w * gate)};
-  *reinterpret_cast<uint2*>(static_cast<Element*>(p.o) + row_at * S::D + column) = packed;
-  if (column == 0) p.lse[(int64_t{to.b} * p.H + h) * p.T + t] = lse;
+  *reinterpret_cast<uint2*>(static_cast<Element*>(p.o) + place.o * S::D + column) = packed;
+  if (column == 0) p.lse[place.lse] = lse;
 }
 
 // The two partial results that a worker may leave for others: of the item it begins in, and of the item it ends in.
@@ -98,8 +118,14 @@ struct Partial {
   __device__ __forceinline__ Partial(float* all, int worker, bool begins_inside)
       : Partial(all, 2 * worker + (begins_inside ? 0 : 1)) {}
   __device__ __forceinline__ void put(int row, int column, const Part& part) const {
-    __stcg(reinterpret_cast<float4*>(o + row * S::D + column), part.o);
-    if (column == 0) __stcg(reinterpret_cast<float2*>(o + S::kRows * S::D + 2 * row), make_float2(part.m, part.l));
+    put_values(row, column, part.o);
+    if (column == 0) put_statistics(row, part.m, part.l);
+  }
+  __device__ __forceinline__ void put_values(int row, int column, float4 values) const {
+    __stcg(reinterpret_cast<float4*>(o + row * S::D + column), values);
+  }
+  __device__ __forceinline__ void put_statistics(int row, float m, float l) const {
+    __stcg(reinterpret_cast<float2*>(o + S::kRows * S::D + 2 * row), make_float2(m, l));
   }
   __device__ __forceinline__ float2 statistics(int row) const {
     return __ldcg(reinterpret_cast<const float2*>(o + S::kRows * S::D + 2 * row));

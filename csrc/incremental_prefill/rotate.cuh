@@ -55,11 +55,15 @@ struct Pairs {
   };
 
   __device__ __forceinline__ void load(const Params& p, const Element* row, int b_, int t, int c, const Place& place) {
+    load(p, row, b_ * p.cosine.batch + t * p.cosine.row + c * 8, b_ * p.sine.batch + t * p.sine.row + c * 8, place);
+  }
+  // The same from element `c` of the cosines and `s` of the sines.
+  __device__ __forceinline__ void load(const Params& p, const Element* row, int64_t c, int64_t s, const Place& place) {
     a.load(row + place.first);
     b.load(row + place.second);
     if (!place.turned) return;
-    cosine.load(p.cosine.data, b_ * p.cosine.batch + t * p.cosine.row + c * 8, p.angles_fp32);
-    sine.load(p.sine.data, b_ * p.sine.batch + t * p.sine.row + c * 8, p.angles_fp32);
+    cosine.load(p.cosine.data, c, p.angles_fp32);
+    sine.load(p.sine.data, s, p.angles_fp32);
   }
 
   // BRANCH: by a branch where the compiler would work out both ways and choose; the general kernel has no registers for

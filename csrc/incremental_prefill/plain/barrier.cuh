@@ -16,6 +16,13 @@ __device__ __forceinline__ void push(uint32_t to, uint32_t from, uint32_t bytes,
       : "memory");
 }
 
+// Two floats to a shared address of the cluster, counted there by a barrier of the same block.
+__device__ __forceinline__ void push(uint32_t to, float x, float y, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n" ::"r"(to), "f"(x),
+               "f"(y), "r"(barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ int cluster_blocks() {
   uint32_t n;
   asm volatile("mov.u32 %0, %%cluster_nctaid.x;\n" : "=r"(n));
@@ -33,7 +40,7 @@ __device__ __forceinline__ int cluster_index() {
 }
 
 // Barriers of a block, by threads of which kind they are met.
-constexpr int kReadersMeet = 1, kLoadersMeet = 2, kLoadersReady = 3;
+constexpr int kReadersMeet = 1, kLoadersMeet = 2, kLoadersReady = 3, kParked = 4;
 template <int BARRIER, int THREADS>
 __device__ __forceinline__ void meet() {
   asm volatile("bar.sync %0, %1;\n" ::"n"(BARRIER), "n"(THREADS) : "memory");

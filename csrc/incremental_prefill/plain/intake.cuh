@@ -15,15 +15,30 @@ struct Queries {
   static constexpr int kPairs = S::D / 16, kHeld = ceil_div(S::kRows * kPairs, S::kReaders);
 
   Pairs<Element> pairs[kHeld];
+  const Element* row[kHeld];
+  int64_t angles[kHeld][2];
 
-  __device__ __forceinline__ void fetch(const Params& p, const Plan& plan, const Target& at, int valid) {
+  static_assert(S::kReaders % kPairs == 0, "a thread's pairs lie in the same columns");
+
+  // Where they lie; before the launch before is complete.
+  __device__ __forceinline__ void aim(const Params& p, const Plan& plan, const Target& at, int valid) {
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
-      const int i = u * S::kReaders + threadIdx.x;
-      if (i >= valid * kPairs) continue;
+      const int i = least((u * S::kReaders + static_cast<int>(threadIdx.x)) / kPairs, valid - 1);
       int t;
-      const Element* from = query_at<Element>(p, plan, at, i / kPairs, t);
-      pairs[u].load(p, from, 0, t, i % kPairs, Place(p, i % kPairs));
+      row[u] = query_at<Element>(p, plan, at, i, t);
+      angles[u][0] = t * p.cosine.row + threadIdx.x % kPairs * 8,
+      angles[u][1] = t * p.sine.row + threadIdx.x % kPairs * 8;
+      asm volatile("" : "+l"(row[u]), "+l"(angles[u][0]), "+l"(angles[u][1]));
+    }
+  }
+  __device__ __forceinline__ void fetch(const Params& p, int valid) {
+    const Place place(p, threadIdx.x % kPairs);
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      if ((u * S::kReaders + static_cast<int>(threadIdx.x)) / kPairs < valid) {
+        pairs[u].load(p, row[u], angles[u][0], angles[u][1], place);
+      }
     }
   }
   // Rows behind the valid ones become zeros: they never reach another row, but the warp asks about the sums of all its
@@ -55,6 +70,9 @@ struct NewRows {
 
   Pairs<Element> keys[kHeld];
   uint4 values[kHeld][2];
+  // of the first rounds
+  const Element *key_rows[kHeld], *value_rows[kHeld];
+  int64_t angles[kHeld][2];
 
   __device__ __forceinline__ static int thread() { return threadIdx.x - S::kReaders; }
 
@@ -72,11 +90,24 @@ struct NewRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) values[u][i] = __ldg(reinterpret_cast<const uint4*>(v + column(p, i)));
   }
-  __device__ __forceinline__ void fetch(const Params& p, int hk) {
+  // Where the first rounds' rows lie; before the launch before is complete.
+  __device__ __forceinline__ void aim(const Params& p, int hk) {
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
-      fetch_keys(p, hk, u, u);
-      fetch_values(p, hk, u, u);
+      const int t = u * kRound + thread() / kPairs, c = thread() % kPairs * 8;
+      key_rows[u] = row_of(p.k, hk, t), value_rows[u] = row_of(p.v, hk, t);
+      angles[u][0] = t * p.cosine.row + c, angles[u][1] = t * p.sine.row + c;
+      asm volatile("" : "+l"(key_rows[u]), "+l"(value_rows[u]), "+l"(angles[u][0]), "+l"(angles[u][1]));
+    }
+  }
+  __device__ __forceinline__ void fetch(const Params& p) {
+    const Place place(p, thread() % kPairs);
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) {
+      if (u * kRound + thread() / kPairs >= p.T) continue;
+      keys[u].load(p, key_rows[u], angles[u][0], angles[u][1], place);
+      values[u][0] = __ldg(reinterpret_cast<const uint4*>(value_rows[u] + place.first));
+      values[u][1] = __ldg(reinterpret_cast<const uint4*>(value_rows[u] + place.second));
     }
   }
   // The first column of either chunk of this thread's pair.

@@ -8,35 +8,6 @@ namespace sk::incremental_prefill {
 
 #if SK_WGMMA
 
-// The tiles of a block: [begin, end) of the old tiles, source before target, then the new rows if it has them.
-struct Walk {
-  int length;  // of the new rows' segment, far from overflow
-  int held_source, held_target;
-  int source_tiles;  // of the source segment
-  Range old;
-  bool fresh;
-
-  __device__ __forceinline__ int old_tiles() const { return old.end - old.begin; }
-  __device__ __forceinline__ int tiles() const { return old_tiles() + fresh; }
-  // The segment of the block's old tile j, its first key, and how many keys there are from there on.
-  __device__ __forceinline__ bool is_target(int j) const { return old.begin + j >= source_tiles; }
-  __device__ __forceinline__ int left(int j, int keys) const {
-    return (is_target(j) ? held_target : held_source) - first_key(j, keys);
-  }
-  __device__ __forceinline__ int first_key(int j, int keys) const {
-    const int i = old.begin + j;
-    return (i >= source_tiles ? i - source_tiles : i) * keys;
-  }
-  // Tiles with keys that some rows do not see are this one, if there is one, and all from the other one on.
-  __device__ __forceinline__ int last_of_source(int keys) const {
-    return held_source % keys == 0 ? -1 : source_tiles - 1 - old.begin;
-  }
-  __device__ __forceinline__ int last_whole(int keys) const {
-    const int n = old_tiles();
-    return n > 0 && is_target(n - 1) && left(n - 1, keys) < keys ? n - 1 : n;
-  }
-};
-
 // Where a tile is, or goes: a stage, and the parity of its barriers.
 struct Turn {
   int stage = 0;
