@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -346,6 +347,55 @@ def test_prefill_shares_out_rows_among_blocks_that_may_come_late(native: ctypes.
             assert takers == shares
         seen.add((shares, takers))
     assert {takers for shares, takers in seen if shares == 8} >= {1, 4, 8}
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("blocks", [2, 3, 6, 8, 11, 16])
+def test_prefill_weighs_what_blocks_have_of_a_row(native: ctypes.CDLL, blocks: int, sinks: bool, parts: int) -> None:
+    """Of rows that no block, or not every block, saw anything for, and where blocks join few rows, or none."""
+    nothing, random = float("nan"), torch.Generator().manual_seed(blocks)
+    for T, R in ((1, 7), (8, 7), (32, 2), (64, 1), (9, 1)):
+        valid = T * R
+        own = -(-valid // blocks)
+        tops = torch.randn(blocks, blocks, own, generator=random) * 20
+        sums = torch.rand(blocks, blocks, own, generator=random) + 0.5
+        hidden = torch.rand(blocks, blocks, own, generator=random) < 0.2
+        hidden[:, :, 0] |= torch.rand(blocks, 1, generator=random) < 0.3
+        tops, sums = tops.masked_fill(hidden, -float("inf")), sums.masked_fill(hidden, 0)
+        logits = torch.randn(2 * R, generator=random) * 5
+        lse, left = torch.full((2 * R, T), nothing), torch.full((64, 2), nothing)
+        for block in range(blocks):
+            statistics = torch.stack((tops[block], sums[block]), -1).contiguous()
+            weights = torch.full((own, blocks), nothing)
+            written = torch.empty(64, 2)
+            pointers = [None if x is None else x.data_ptr() for x in (statistics, logits if sinks else None, weights)]
+            native.weigh(
+                block, blocks, own, valid, R, T, parts // 2, parts,
+                *map(ctypes.c_void_p, (*pointers, lse.data_ptr(), written.data_ptr())),
+            )  # fmt: skip
+            left = torch.where(written.isnan(), left, written)
+            mine = range(block * own, min(valid, (block + 1) * own))
+            m, total = tops[block].double(), sums[block].double()
+            whole = torch.logsumexp(m * math.log(2) + total.log(), 0)
+            for i, row in enumerate(mine):
+                head = R + row % R
+                if parts > 1:  # of what other clusters have nothing is known yet
+                    want = torch.exp2(m[:, i] - m[:, i].max())
+                    assert left[row, 0] == tops[block, :, i].max()
+                    assert left[row, 1] == pytest.approx(float((want * total[:, i]).nan_to_num().sum()), rel=1e-5)
+                else:
+                    want = torch.exp(m[:, i] * math.log(2) - whole[i])
+                    if sinks:
+                        want = want * torch.sigmoid(whole[i] - logits[head].double())
+                    assert lse[head, row // R] == pytest.approx(float(whole[i]), rel=1e-5, abs=1e-5)
+                # a row that nobody saw anything for
+                want = want.nan_to_num()
+                assert weights[i].tolist() == pytest.approx(want.tolist(), rel=1e-4, abs=1e-30), (block, row)
+            assert weights[len(mine):].isnan().all()
+        # rows of this key head, and no others
+        assert bool(lse[:R].isnan().all()) and bool(lse[R:].isnan().all()) == (parts > 1)
+        assert bool(left[valid:].isnan().all()) and bool(left.isnan().all()) == (parts == 1)
 
 
 def test_prefill_plans_plain_sessions_alike(native: ctypes.CDLL) -> None:
