@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -59,6 +60,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def native(library: Path) -> ctypes.CDLL:
+    """What it exports besides the bindings."""
+    lib = ctypes.CDLL(str(library))
+    lib.slot_of.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_bool]
+    return lib
 
 
 @pytest.fixture(scope="session")

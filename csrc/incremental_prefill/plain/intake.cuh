@@ -27,7 +27,7 @@ struct Queries {
       const int i = least((u * S::kReaders + static_cast<int>(threadIdx.x)) / kPairs, valid - 1);
       int t;
       row[u] = query_at<Element>(p, plan, at, i, t);
-      angles[u][0] = t * p.cosine.row + threadIdx.x % kPairs * 8,
+      angles[u][0] = t * p.cosine.row + threadIdx.x % kPairs * 8;
       angles[u][1] = t * p.sine.row + threadIdx.x % kPairs * 8;
       asm volatile("" : "+l"(row[u]), "+l"(angles[u][0]), "+l"(angles[u][1]));
     }

@@ -1,5 +1,6 @@
-// The result of a plain session's item: every block of a cluster sends the others the rows that they join, by the copy
-// engine, and joins its own; clusters are joined by the blocks that arrive last, a share of the rows each.
+// The result of a plain session's item: every block of a cluster sends the others (m, l) of the rows that they join, so
+// that they know what its part weighs, then the rows, by the copy engine, and joins its own; clusters are joined by the
+// blocks that arrive last, a share of the rows each.
 #pragma once
 
 #include "incremental_prefill/merge.cuh"

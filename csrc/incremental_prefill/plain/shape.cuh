@@ -1,4 +1,4 @@
-// Sizes and shared memory of the kernel for plain sessions (kernel.cuh).
+// Sizes of the kernel for plain sessions (kernel.cuh), the tiles of a block, shared memory.
 #pragma once
 
 #include "incremental_prefill/instance.h"
@@ -15,7 +15,8 @@ struct PlainShape : Shape<ELEMENT, HEAD_DIM, 4 * ROW_GROUPS, 1, 64> {
   static constexpr int kRowGroups = ROW_GROUPS, kKeyGroups = READERS / ROW_GROUPS;
   static constexpr int kReaders = 128 * READERS, kLoaders = 128;  // threads
   static constexpr int kThreads = kReaders + kLoaders;
-  static constexpr int kRow = (HEAD_DIM + 8) * 4;  // bytes of a row's partial result: o, then m and l, then nothing
+  static constexpr int kRow =
+      (HEAD_DIM + 8) * 4;  // bytes of a row of o in parts, and from one to the next: banks differ
   // Warpgroups that share out the keys join what they have, a part of the columns each: blocks of 8 columns.
   static constexpr int kColumns = HEAD_DIM / 8;
   SK_HOST_DEVICE static constexpr int first_column(int group) { return kColumns * group / kKeyGroups; }

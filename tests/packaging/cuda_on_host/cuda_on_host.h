@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -36,6 +37,12 @@ struct alignas(16) float4 {
 };
 inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
+}
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) {
+  return {x, y};
 }
 struct alignas(8) uint2 {
   uint32_t x, y;
@@ -265,6 +272,19 @@ T __ldg(const T* from) {
   return *from;
 }
 template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcg(T* to, const T& x) {
+  *to = x;
+}
+template <typename T>
 T __ldcs(const T* from) {
   return *from;
 }
+
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
+#define __expf(x) std::exp(x)

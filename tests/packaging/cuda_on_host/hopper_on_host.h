@@ -17,10 +17,6 @@ struct CUtensorMap {
   int sizes[4], rows;  // and the rows of a box
 };
 
-static inline float __fdividef(float a, float b) {
-  return a / b;
-}
-#define __expf(x) std::exp(x)
 static inline void __syncwarp() {
   __shfl_sync(~0u, 0, 0);
 }

@@ -1,19 +1,10 @@
 // What the parts of a row weigh that a cluster's blocks have of it (plain/join.cuh), run on the host.
-#include <cmath>
-
 #include "cuda_on_host.h"
 #include "streamkernels/numbers.cuh"
-
-struct alignas(8) float2 {
-  float x, y;
-};
 
 namespace {
 
 // what the headers name besides, and nothing here calls
-float2 make_float2(float x, float y) {
-  return {x, y};
-}
 [[maybe_unused]] int4 make_int4(int x, int y, int z, int w) {
   return {x, y, z, w};
 }
@@ -32,19 +23,6 @@ float2 make_float2(float x, float y) {
 [[maybe_unused]] long long clock64() {
   std::abort();
 }
-
-template <typename T>
-void __stcg(T* to, const T& x) {
-  *to = x;
-}
-template <typename T>
-T __ldcg(const T* from) {
-  return *from;
-}
-float __fdividef(float a, float b) {
-  return a / b;
-}
-#define __expf(x) std::exp(x)
 
 }  // namespace
 
@@ -82,9 +60,9 @@ void kernel(const Params& p, const Plan& plan, const Rank& rank, int part, int p
 }  // namespace
 }  // namespace sk::incremental_prefill
 
-// Block `block` of `blocks`, which joins `own` rows of each of the `blocks` of a tile with `valid` rows, of key head 1
-// of two with R query heads each, T rows; `part` of `parts` clusters. statistics [blocks, own] (m, l) -> weights
-// [own, blocks], lse [2 R, T], or (m, l) of the tile's rows [64]. `sinks`: [2 R] or null.
+// Block `block` of a cluster of `blocks` joins `own` rows of a tile that has `valid` of them: key head 1 of two, T
+// rows, R query heads each; `part` of `parts` clusters. From statistics [blocks, own] (m, l) and `sinks` [2 R] or null
+// come weights [own, blocks] and lse [2 R, T], or, with more than one part, (m, l) of the tile's rows [64].
 extern "C" __attribute__((visibility("default"))) void weigh(int block, int blocks, int own, int valid, int R, int T,
                                                              int part, int parts, const float* statistics,
                                                              const float* sinks, float* weights, float* lse,
